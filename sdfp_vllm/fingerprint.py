@@ -1,0 +1,124 @@
+"""Which model a plan was made for: its shape, and a hash over config and weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sdfp_vllm.errors import SdfpError
+
+_SAMPLE_BYTES = 64 * 1024
+# Written by the saving library or changed by the user without changing what the model computes.
+_VOLATILE_KEYS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
+
+
+class Fingerprint(BaseModel):
+    """Identity of a target model.
+
+    `sha256` covers config.json (without volatile keys) and, per weight file, its name,
+    size, header and a sample of its data, so that a fine-tune of the same shape differs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Names the fields in which `other` is another model, with both values."""
+        return [
+            f"{name} is {getattr(self, name)} in the plan but {getattr(other, name)} in the model"
+            for name in type(self).model_fields
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+def resolve_model_dir(model: str, revision: str | None = None) -> Path:
+    """Returns the local folder of `model`, a folder or a Hugging Face id (downloaded if need be).
+
+    Raises:
+        SdfpError: If `model` is neither.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model"]
+    try:
+        try:
+            return Path(
+                snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=patterns)
+            )
+        except FileNotFoundError:
+            return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as e:
+        raise SdfpError(
+            f"model {model!r}",
+            f"neither a folder nor a Hugging Face model that can be fetched ({type(e).__name__})",
+            "Give the path of a folder with config.json, or the id of a model you can reach.",
+        ) from e
+
+
+def fingerprint(model_dir: str | Path) -> Fingerprint:
+    """Computes the fingerprint of a model folder without loading any weight.
+
+    Raises:
+        SdfpError: If config.json is missing or lacks a needed field.
+    """
+    model_dir = Path(model_dir)
+    config = _read_config(model_dir)
+    # A multimodal checkpoint keeps the decoder's shape in text_config.
+    text = config.get("text_config") or config
+    digest = hashlib.sha256()
+    stable = {k: v for k, v in config.items() if k not in _VOLATILE_KEYS}
+    digest.update(json.dumps(stable, sort_keys=True).encode())
+    for file in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.bin")]):
+        digest.update(file.name.encode())
+        _hash_weight_file(file, digest)
+    try:
+        return Fingerprint(
+            architecture=(config.get("architectures") or ["unknown"])[0],
+            num_layers=text["num_hidden_layers"],
+            hidden_size=text["hidden_size"],
+            vocab_size=text["vocab_size"],
+            sha256=digest.hexdigest(),
+        )
+    except KeyError as e:
+        raise SdfpError(
+            str(model_dir / "config.json"),
+            f"field {e} is missing",
+            "Use a decoder-only language model saved by transformers.",
+        ) from e
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise SdfpError(str(path), "no such file", "Give the folder of a saved model.") from e
+    except (OSError, ValueError) as e:
+        raise SdfpError(str(path), f"cannot be read ({e})", "Download the model again.") from e
+    if not isinstance(config, dict):
+        raise SdfpError(str(path), "is not a JSON object", "Download the model again.")
+    return config
+
+
+def _hash_weight_file(file: Path, digest: Any) -> None:
+    """Adds size, head and a middle sample: reads at most header + 128 KiB of a file of any size."""
+    size = file.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with file.open("rb") as f:
+        head = f.read(8)
+        header = int.from_bytes(head, "little") if file.suffix == ".safetensors" else 0
+        digest.update(head + f.read(min(header, 100 << 20) + _SAMPLE_BYTES))
+        f.seek(size // 2)
+        digest.update(f.read(_SAMPLE_BYTES))

@@ -1,0 +1,246 @@
+"""SkipPlan: the contract between the offline job, which writes it, and the runtime, which obeys it.
+
+A plan is a folder with `plan.json` and, where the plan has bridges, `bridges.safetensors`.
+Nothing in it is executable; loading it reads no file outside the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sdfp_vllm.errors import PlanError
+from sdfp_vllm.fingerprint import Fingerprint
+
+SCHEMA_VERSION = 1
+PLAN_FILE = "plan.json"
+MAX_PLAN_BYTES = 64 << 20
+MAX_DRAFT_TOKENS = 32
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Layer = Annotated[int, Field(ge=0, strict=True)]
+DraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS, strict=True)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FitScore(_Strict):
+    """Sensitivity of one block of parameters (SDFP, arXiv 2602.05499; FIT, arXiv 2210.08502).
+
+    With the empirical Fisher diagonal F_j over N sequences and parameters theta_j:
+    `fisher_trace` = sum_j F_j; `perturbation_variance` = mean_j theta_j^2 (removing a block
+    perturbs theta by -theta); `trace_score` = fisher_trace * perturbation_variance;
+    `diagonal_score` = sum_j F_j * theta_j^2.
+    """
+
+    fisher_trace: NonNegative
+    perturbation_variance: NonNegative
+    trace_score: NonNegative
+    diagonal_score: NonNegative
+
+
+class LayerScore(_Strict):
+    """Scores of decoder layer `layer`: the whole, and its two residual branches."""
+
+    layer: Layer
+    total: FitScore
+    attention: FitScore
+    mlp: FitScore
+
+
+class CostModel(_Strict):
+    """Measured time of one decode step's parts at batch 1, in milliseconds.
+
+    `verify_ms[m - 1]` is the full model's forward over m rows (m - 1 draft tokens), head
+    included; one draft step costs `len(kept) * layer_ms + head_ms`, plus
+    `draft_overhead_ms`; every round pays `round_overhead_ms` in plain decoding and in
+    drafting alike.
+    """
+
+    layer_ms: NonNegative
+    head_ms: NonNegative
+    verify_ms: list[NonNegative] = Field(min_length=1)
+    draft_overhead_ms: NonNegative
+    round_overhead_ms: NonNegative
+    device: str
+    dtype: str
+    threads: int = Field(ge=1)
+
+
+class Candidate(_Strict):
+    """One point of the searched curve: a keep set and what it is predicted to give.
+
+    `acceptance[j]` is the chance that draft token j is accepted given that all before it
+    were; `speedup[k]` the predicted tokens per second over plain decoding's with k draft
+    tokens a round (`speedup[0]` = 1).
+    """
+
+    kept_layers: list[Layer]
+    acceptance: list[Probability]
+    speedup: list[NonNegative]
+
+
+class Prediction(_Strict):
+    """What the plan promises for the keep set and draft length it names."""
+
+    acceptance_rate: Probability
+    mean_accepted_length: NonNegative
+    speedup: NonNegative
+
+
+class Provenance(_Strict):
+    """How the plan was made; enough to make it again."""
+
+    calibration: str
+    calibration_tokens: int = Field(ge=0)
+    seed: int
+    selector: str
+    created: str
+    sdfp_version: str
+    torch_version: str
+    transformers_version: str
+    git_sha: str | None = None
+
+
+class SkipPlan(_Strict):
+    """Which decoder layers draft, how many tokens a round, and why.
+
+    `draft_tokens_by_batch` holds (largest batch size, draft length) pairs, ascending; the
+    draft length for a batch larger than the last is that of the last. `worthwhile` is false
+    where no candidate beat plain decoding on the machine that made the plan.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: str
+    fingerprint: Fingerprint
+    kept_layers: list[Layer] = Field(min_length=1)
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS, strict=True)]
+    stop_threshold: Probability = 0.0
+    draft_tokens_by_batch: list[tuple[Annotated[int, Field(ge=1, strict=True)], DraftTokens]] = []
+    bridges: Literal["none"] = "none"
+    worthwhile: bool
+    prediction: Prediction
+    scores: list[LayerScore]
+    curve: list[Candidate]
+    cost: CostModel | None = None
+    made: Provenance
+
+    @field_validator("draft_tokens_by_batch")
+    @classmethod
+    def _batches_ascend(cls, table: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        sizes = [size for size, _ in table]
+        if sizes != sorted(set(sizes)):
+            raise ValueError("batch sizes must ascend")
+        return table
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> SkipPlan:
+        n = self.fingerprint.num_layers
+        for name, kept in [("kept_layers", self.kept_layers)] + [
+            (f"curve[{i}].kept_layers", c.kept_layers) for i, c in enumerate(self.curve)
+        ]:
+            if kept != sorted(set(kept)):
+                raise ValueError(f"{name} must ascend without repeats, got {kept}")
+            if kept and kept[-1] >= n:
+                raise ValueError(f"{name} names layer {kept[-1]}, but the model has {n} layers (0 to {n - 1})")
+        if self.scores and [s.layer for s in self.scores] != list(range(n)):
+            raise ValueError(f"scores must list layers 0 to {n - 1} once each, in order")
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `<folder>/plan.json` atomically (a reader sees the old plan or the new one) and returns its path.
+
+        Raises:
+            PlanError: If the folder cannot be written.
+        """
+        folder = Path(folder)
+        path = folder / PLAN_FILE
+        temporary = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".plan-", delete=False) as f:
+                temporary = f.name
+                f.write(self.model_dump_json(indent=1) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError as e:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+            raise PlanError(
+                str(path), f"cannot be written ({e.strerror or e})", "Free space or choose another folder with -o."
+            ) from e
+        return path
+
+
+def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan:
+    """Reads and validates a plan from a plan folder or its plan.json.
+
+    Args:
+        expected: The served model's fingerprint; a plan for another model is refused.
+
+    Raises:
+        PlanError: Naming the file, the field and the way out. No other exception leaves here.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / PLAN_FILE
+    again = "Make the plan again with `sdfp plan MODEL`."
+    try:
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            raise PlanError(str(path), f"is larger than {MAX_PLAN_BYTES >> 20} MiB", again)
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise PlanError(str(path), "no such plan", "Make it with `sdfp plan MODEL -o FOLDER`, or correct the path.") from e
+    except (OSError, UnicodeDecodeError, ValueError) as e:
+        if isinstance(e, PlanError):
+            raise
+        raise PlanError(str(path), f"cannot be read ({e})", again) from e
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise PlanError(str(path), f"is not JSON ({e})", again) from e
+    if not isinstance(raw, dict):
+        raise PlanError(str(path), "is not a JSON object", again)
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise PlanError(
+            f"{path}: field schema_version",
+            f"is {version!r}, this release reads {SCHEMA_VERSION}",
+            "Upgrade sdfp-vllm, or make the plan again with `sdfp plan MODEL`.",
+        )
+    try:
+        plan = SkipPlan.model_validate(raw)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(str(p) for p in first["loc"]) or "kept_layers/scores/curve"
+        raise PlanError(f"{path}: field {field}", first["msg"], again) from e
+    except RecursionError as e:
+        raise PlanError(str(path), "is nested too deeply", again) from e
+    if expected is not None and (differences := plan.fingerprint.differences(expected)):
+        raise PlanError(
+            str(path),
+            "was made for another model: " + "; ".join(differences),
+            "Make one for this model with `sdfp plan MODEL`, or serve the model the plan names.",
+        )
+    return plan
+
+
+def plans_root() -> Path:
+    """The per-user folder of plans: $SDFP_CACHE_DIR, else $XDG_CACHE_HOME/sdfp, else ~/.cache/sdfp."""
+    if root := os.environ.get("SDFP_CACHE_DIR"):
+        return Path(root) / "plans"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdfp" / "plans"
+
+
+def default_plan_dir(fp: Fingerprint) -> Path:
+    """Where `sdfp plan MODEL` writes and `--speculative-model sdfp` looks, by model fingerprint."""
+    return plans_root() / f"{fp.architecture}-{fp.sha256[:16]}"
