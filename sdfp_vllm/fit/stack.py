@@ -1,0 +1,200 @@
+"""DecoderStack: one view on any Hugging Face causal LM that is a uniform stack of decoder layers.
+
+Llama, Mistral, Qwen2, Qwen3, Gemma3 (text), Mixtral and Qwen3-MoE are tested; any other model
+whose layers have the same children is taken as well, and everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sdfp_vllm.errors import SdfpError
+
+# Children of a layer -> the residual branch each belongs to. A norm belongs to the branch it
+# feeds or closes, so `post_attention_layernorm` is the MLP's in Llama and attention's in Gemma.
+_PRE_NORM = {
+    "input_layernorm": "attention",
+    "self_attn": "attention",
+    "post_attention_layernorm": "mlp",
+    "mlp": "mlp",
+}
+_SANDWICH_NORM = {
+    "input_layernorm": "attention",
+    "self_attn": "attention",
+    "post_attention_layernorm": "attention",
+    "pre_feedforward_layernorm": "mlp",
+    "mlp": "mlp",
+    "post_feedforward_layernorm": "mlp",
+}
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class _Skip(nn.Module):
+    """Stands in for a skipped layer: the residual stream passes unchanged."""
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return hidden_states
+
+
+class DecoderStack:
+    """A causal LM seen as embed -> layers -> norm -> head. Holds the model's own modules, no copies.
+
+    Attributes:
+        model: The model as loaded.
+        config: Its text configuration.
+        layers: The decoder layers, in order.
+        embed, norm, head: Token embedding (with Gemma's scaling), final norm, LM head.
+
+    Raises:
+        SdfpError: If the model is not a uniform stack of attention + MLP layers.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.config = model.config.get_text_config()
+        inner = getattr(model, "model", None)
+        layers = getattr(inner, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            raise self._unsupported("no decoder layers at model.layers")
+        if len({type(layer) for layer in layers}) > 1:
+            raise self._unsupported("its layers are of different kinds")
+        self._inner: nn.Module = inner
+        self.layers: nn.ModuleList = layers
+        self.embed: nn.Module = model.get_input_embeddings()
+        self.norm: nn.Module = getattr(inner, "norm", None)
+        self.head: nn.Module = model.get_output_embeddings()
+        if self.embed is None or self.norm is None or self.head is None:
+            raise self._unsupported("it lacks an embedding, a final norm or an LM head")
+        self._branches = [self._split(i) for i in range(len(layers))]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.head.parameters()).device
+
+    def attention_parameters(self, i: int) -> NamedParameters:
+        """(name within the layer, parameter) of layer i's attention branch, its norms included."""
+        return self._branches[i]["attention"]
+
+    def mlp_parameters(self, i: int) -> NamedParameters:
+        """(name within the layer, parameter) of layer i's MLP branch; router and all experts in a MoE."""
+        return self._branches[i]["mlp"]
+
+    def layer_parameters(self, i: int) -> NamedParameters:
+        """All parameters of layer i: attention's, then the MLP's."""
+        return self.attention_parameters(i) + self.mlp_parameters(i)
+
+    @contextlib.contextmanager
+    def keeping(self, keep: Sequence[int]) -> Iterator[PreTrainedModel]:
+        """While open, `model` runs only the layers in `keep`; yields `model`.
+
+        Skipped layers are replaced in place by the identity, so every kept layer keeps its
+        index and with it its K/V cache slot, mask (sliding or full) and rotary embedding.
+        Not re-entrant and not thread-safe: the model is changed while open.
+
+        Args:
+            keep: Layer numbers, ascending, without repeats.
+
+        Raises:
+            SdfpError: If `keep` is not that.
+        """
+        kept = list(keep)
+        if kept != sorted(set(kept)) or any(not 0 <= i < self.num_layers for i in kept):
+            raise SdfpError(
+                "keep",
+                f"{kept} is not an ascending list of layers without repeats",
+                f"Name layers 0 to {self.num_layers - 1}.",
+            )
+        chosen = set(kept)
+        skip = _Skip()
+        self._inner.layers = nn.ModuleList(
+            layer if i in chosen else skip for i, layer in enumerate(self.layers)
+        )
+        try:
+            yield self.model
+        finally:
+            self._inner.layers = self.layers
+
+    def logits(self, input_ids: Tensor, keep: Sequence[int] | None = None) -> Tensor:
+        """Runs the model over whole sequences, without a cache, on the layers in `keep` (None: all).
+
+        Args:
+            input_ids: int64 [B, T] on the model's device, no padding.
+            keep: Layer numbers, ascending, without repeats.
+
+        Returns:
+            Logits [B, T, V] in the model's dtype. Gradients follow the caller's grad mode.
+        """
+        if keep is None:
+            return self.model(input_ids=input_ids, use_cache=False).logits
+        with self.keeping(keep) as model:
+            return model(input_ids=input_ids, use_cache=False).logits
+
+    def _split(self, i: int) -> dict[str, NamedParameters]:
+        """Sorts layer i's parameters into its two branches; each belongs to exactly one."""
+        layer = self.layers[i]
+        with_parameters = {
+            name for name, child in layer.named_children() if any(True for _ in child.parameters())
+        }
+        branch_of = next((b for b in (_PRE_NORM, _SANDWICH_NORM) if set(b) == with_parameters), None)
+        if branch_of is None:
+            raise self._unsupported(f"layer {i} has the parts {sorted(with_parameters)}")
+        branches: dict[str, NamedParameters] = {"attention": [], "mlp": []}
+        for name, parameter in layer.named_parameters():
+            part = name.split(".", 1)[0]
+            if part not in branch_of:
+                raise self._unsupported(
+                    f"parameter {name!r} of layer {i} belongs to neither attention nor MLP"
+                )
+            branches[branch_of[part]].append((name, parameter))
+        return branches
+
+    def _unsupported(self, why: str) -> SdfpError:
+        return SdfpError(
+            f"model architecture {type(self.model).__name__}",
+            f"not a uniform stack of attention + MLP decoder layers ({why})",
+            "Use a causal LM of the Llama, Mistral, Qwen2, Qwen3, Gemma3 (text), Mixtral or Qwen3-MoE family.",
+        )
+
+
+def load_target(
+    model_dir: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Loads a causal LM from a local folder, in eval mode.
+
+    Args:
+        dtype: None keeps the checkpoint's.
+
+    Raises:
+        SdfpError: If the folder holds no causal LM, or its weights are damaged or incomplete.
+    """
+    # from_pretrained would fill missing weights with random numbers and only warn.
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as e:  # every library below has its own exceptions
+        raise SdfpError(
+            f"model {model_dir}",
+            f"cannot be loaded as a causal LM ({type(e).__name__}: {e})",
+            "Give a folder with config.json and undamaged weight files of a decoder-only language model.",
+        ) from e
+    # Mismatched shapes come as (name, shape, shape) tuples in some releases, as names in others.
+    absent = sorted(str(k) for field in ("missing_keys", "mismatched_keys") for k in info.get(field) or ())
+    if absent:
+        raise SdfpError(
+            f"model {model_dir}",
+            f"{len(absent)} weights are missing or of the wrong shape, the first is {absent[0]}",
+            "Download or save the model again.",
+        )
+    return model.to(device).eval()
