@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,13 +66,18 @@ class DecoderStack:
             raise self._unsupported("no decoder layers at model.layers")
         if len({type(layer) for layer in layers}) > 1:
             raise self._unsupported("its layers are of different kinds")
-        self._inner: nn.Module = inner
+        self._inner = inner
         self.layers: nn.ModuleList = layers
-        self.embed: nn.Module = model.get_input_embeddings()
-        self.norm: nn.Module = getattr(inner, "norm", None)
-        self.head: nn.Module = model.get_output_embeddings()
-        if self.embed is None or self.norm is None or self.head is None:
+        embed, norm, head = (
+            model.get_input_embeddings(),
+            getattr(inner, "norm", None),
+            model.get_output_embeddings(),
+        )
+        if embed is None or norm is None or head is None:
             raise self._unsupported("it lacks an embedding, a final norm or an LM head")
+        self.embed: nn.Module = embed
+        self.norm: nn.Module = norm
+        self.head: nn.Module = head
         self._branches = [self._split(i) for i in range(len(layers))]
 
     @property
@@ -180,7 +186,7 @@ def load_target(
     """
     # from_pretrained would fill missing weights with random numbers and only warn.
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(model_dir), dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
     except Exception as e:  # every library below has its own exceptions
@@ -189,6 +195,7 @@ def load_target(
             f"cannot be loaded as a causal LM ({type(e).__name__}: {e})",
             "Give a folder with config.json and undamaged weight files of a decoder-only language model.",
         ) from e
+    model, info = loaded
     # Mismatched shapes come as (name, shape, shape) tuples in some releases, as names in others.
     absent = sorted(str(k) for field in ("missing_keys", "mismatched_keys") for k in info.get(field) or ())
     if absent:
