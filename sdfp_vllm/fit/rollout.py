@@ -1,0 +1,143 @@
+"""Acceptance of a layer-skipping draft, estimated for the situation it meets in the engine.
+
+There the draft shares the target's K/V cache. With a round starting at position s (the token
+at s is chosen, its K/V is not computed yet), draft step j feeds one token at position s + j
+through the kept layers. It sees the full model's K/V at positions below s, and at s..s+j the
+K/V that the kept layers themselves wrote in this round. Step j is accepted if it chooses the
+token that the target chooses, and all steps before it were accepted.
+
+On text that the target itself would write greedily, accepted drafts are the text's own tokens,
+so step j can be run for every s of every sequence in one forward: one row per (sequence, s).
+Rows whose draft was wrong leave after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sdfp_vllm.fit.rounds import AcceptedRuns
+from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
+from sdfp_vllm.fit.stack import DecoderStack
+
+_HEAD_ROWS = 256  # rows of logits alive at once: a large vocabulary times all rows would not fit
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Sequences whose tail the target wrote itself.
+
+    Attributes:
+        ids: int64 [N, T].
+        first: Position of the first token that the target wrote.
+        ends: int64 [N], the length of each sequence up to and including its first end-of-text token.
+    """
+
+    ids: Tensor
+    first: int
+    ends: Tensor
+
+
+@torch.no_grad()
+def greedy_continuations(
+    stack: DecoderStack, prompts: Tensor, new_tokens: int, advance: Callable[[int], None] | None = None
+) -> Continuations:
+    """Continues each prompt with the target's most likely tokens, the text that greedy drafting meets.
+
+    Args:
+        prompts: int64 [N, P], no padding.
+        new_tokens: Tokens to add to each.
+        advance: Called with 1 after each token position.
+    """
+    cache = DynamicCache(config=stack.config)
+    ids = step = prompts.to(stack.device)
+    for _ in range(new_tokens):
+        logits = stack.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        step = logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, step], dim=1)
+        if advance:
+            advance(1)
+    first = prompts.shape[1]
+    return Continuations(ids, first, _ends(stack, ids, first))
+
+
+def _ends(stack: DecoderStack, ids: Tensor, first: int) -> Tensor:
+    generation = getattr(stack.model, "generation_config", None)
+    stop = getattr(generation, "eos_token_id", None)
+    stops = torch.tensor([stop] if isinstance(stop, int) else stop or [], device=ids.device, dtype=ids.dtype)
+    stopped = torch.isin(ids[:, first:], stops)
+    after = stopped.int().argmax(1) + first + 1
+    return torch.where(stopped.any(1), after, ids.shape[1])
+
+
+class DraftRollout:
+    """Runs drafts over the target's own text; the full pass is done once, at construction.
+
+    Memory: K/V of all layers for all of `text` (2 * N * T * Hkv * D numbers a layer).
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, stack: DecoderStack, text: Continuations, advance: Callable[[int], None] | None = None
+    ):
+        self.stack, self.text = stack, text
+        self.full: list[FullPass] = []
+        chosen = []
+        with rollout_attention(stack):
+            for ids in text.ids:
+                prefill = FullPass()
+                position = torch.arange(len(ids), device=ids.device)
+                chosen.append(self._argmax(self._hidden(ids, position, prefill)))
+                self.full.append(prefill)
+                if advance:
+                    advance(1)
+        self.target = torch.stack(chosen)  # int64 [N, T]: the token the target chooses after each position
+
+    @torch.no_grad()
+    def run(
+        self, keep: Sequence[int], steps: int, proceed: Callable[[AcceptedRuns], bool] = lambda runs: True
+    ) -> AcceptedRuns:
+        """Drafts up to `steps` tokens from every start position with the layers in `keep`.
+
+        Args:
+            proceed: Asked after each step but the last with the result so far; False stops early.
+
+        Raises:
+            SdfpError: If `keep` is not an ascending list of layers.
+        """
+        text = self.text
+        lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
+        runs = AcceptedRuns(lengths, (text.ends - text.first).cpu(), 0)
+        rows = self._all_rows()
+        with self.stack.keeping(keep), rollout_attention(self.stack):
+            for j in range(steps):
+                rows = rows.select(rows.start + j < text.ends[rows.sequence])
+                if len(rows.start):
+                    position = rows.start + j
+                    draft = self._argmax(self._hidden(text.ids[rows.sequence, position], position, rows))
+                    rows = rows.select(draft == self.target[rows.sequence, position])
+                    lengths[rows.sequence.cpu(), (rows.start - text.first).cpu()] += 1
+                runs = AcceptedRuns(lengths, runs.ends, j + 1)
+                if j + 1 < steps and not proceed(runs):
+                    break
+        return runs
+
+    def _all_rows(self) -> DraftRows:
+        count, length = self.text.ids.shape
+        start = torch.arange(self.text.first, length, device=self.text.ids.device)
+        sequence = torch.arange(count, device=start.device).repeat_interleave(len(start))
+        return DraftRows(self.full, sequence, start.repeat(count))
+
+    def _hidden(self, ids: Tensor, position: Tensor, state: FullPass | DraftRows) -> Tensor:
+        """Final hidden states [R, hidden] of R rows, int64 ids and positions [R]."""
+        inner = self.stack.model.model
+        return inner(
+            input_ids=ids[None], position_ids=position[None], use_cache=False, rollout=state
+        ).last_hidden_state[0]
+
+    def _argmax(self, hidden: Tensor) -> Tensor:
+        return torch.cat([self.stack.head(rows).argmax(-1) for rows in hidden.split(_HEAD_ROWS)])

@@ -1,0 +1,156 @@
+"""The parallel acceptance estimate against drafting one token at a time over a real K/V cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_ids, tiny_model
+from transformers import DynamicCache
+
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
+from sdfp_vllm.fit.rounds import AcceptedRuns
+from sdfp_vllm.fit.stack import DecoderStack
+
+PROMPT, NEW, STEPS = 9, 14, 4
+KEEP = [0, 1, 3]  # a sliding, a full layer and the last, where the two alternate
+
+
+def _tiny(architecture: str = "llama") -> DecoderStack:
+    return DecoderStack(tiny_model(architecture, eos_token_id=None))
+
+
+@pytest.fixture(params=ARCHITECTURES, name="stack", scope="module")
+def _stack(request) -> DecoderStack:
+    return _tiny(request.param)
+
+
+def _text(stack: DecoderStack, sequences: int = 3) -> Continuations:
+    return greedy_continuations(stack, tiny_ids(sequences, PROMPT), NEW)
+
+
+@torch.no_grad()
+def _draft_logits_one_by_one(stack: DecoderStack, ids: torch.Tensor, start: int) -> list[torch.Tensor]:
+    """Fills a cache with the full model up to `start`, then feeds one token at a time to the kept layers."""
+    cache = DynamicCache(config=stack.config)
+    stack.model(input_ids=ids[None, :start], past_key_values=cache, use_cache=True)
+    logits = []
+    with stack.keeping(KEEP) as model:
+        for position in range(start, start + STEPS):
+            out = model(
+                input_ids=ids[None, position : position + 1],
+                position_ids=torch.tensor([[position]]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits.append(out.logits[0, 0])
+    return logits
+
+
+class _Recording(DraftRollout):
+    """Keeps each step's logits by (sequence, start), and drops no row."""
+
+    def _argmax(self, hidden):
+        if hasattr(self, "target"):
+            self.seen.append(self.stack.head(hidden))
+            step = len(self.seen) - 1
+            starts = torch.arange(self.text.first, self.text.ids.shape[1] - step)
+            return self.target[:, starts + step].flatten()
+        return super()._argmax(hidden)
+
+
+def test_every_draft_step_equals_drafting_one_token_at_a_time(stack):
+    text = _text(stack)
+    rollout = _Recording(stack, text)
+    rollout.seen = []
+    rollout.run(KEEP, STEPS)
+    for n, ids in enumerate(text.ids):
+        for start in (PROMPT, PROMPT + 3, PROMPT + NEW - STEPS):
+            for j, expected in enumerate(_draft_logits_one_by_one(stack, ids, start)):
+                row = n * (NEW - j) + start - PROMPT
+                torch.testing.assert_close(rollout.seen[j][row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_past_comes_from_the_full_model_not_from_the_pruned_one(stack):
+    text = _text(stack, sequences=1)
+    rollout = _Recording(stack, text)
+    rollout.seen = []
+    rollout.run(KEEP, 1)
+    pruned_past = stack.logits(text.ids, KEEP)[0, PROMPT:]
+    assert (rollout.seen[0] - pruned_past).abs().max() > 1e-2
+
+
+def test_with_all_layers_every_draft_is_accepted(stack):
+    rollout = DraftRollout(stack, _text(stack))
+    rounds = rollout.run(range(stack.num_layers), STEPS).rounds(STEPS)
+    assert rounds.acceptance == [1.0] * STEPS
+    assert rounds.acceptance_rate == 1.0
+    assert rounds.mean_accepted_length == STEPS + 1
+    assert rounds.count == 3 * (NEW // (STEPS + 1)) + 3 * (NEW % (STEPS + 1) == STEPS)
+
+
+def test_the_continuation_is_the_targets_own_greedy_choice(stack):
+    text = _text(stack)
+    rollout = DraftRollout(stack, text)
+    assert torch.equal(rollout.target[:, PROMPT - 1 : -1], text.ids[:, PROMPT:])
+    assert torch.equal(stack.logits(text.ids).argmax(-1)[:, PROMPT:], rollout.target[:, PROMPT:])
+
+
+def test_runs_count_leading_hits_and_stop_at_the_end_of_the_text(stack):
+    text = _text(stack)
+    runs = DraftRollout(stack, text).run(KEEP, STEPS)
+    for n, ids in enumerate(text.ids):
+        for start in range(PROMPT, PROMPT + NEW - STEPS + 1):
+            hits = [
+                int(logits.argmax()) == int(stack.logits(ids[None])[0, start + j].argmax())
+                for j, logits in enumerate(_draft_logits_one_by_one(stack, ids, start))
+            ]
+            expected = hits.index(False) if False in hits else STEPS
+            assert runs.lengths[n, start - PROMPT] == expected
+    ended = Continuations(text.ids, text.first, torch.full((3,), PROMPT + 2))
+    all_layers = DraftRollout(stack, ended).run(range(stack.num_layers), STEPS)
+    assert all_layers.lengths[:, :4].tolist() == [[2, 1, 0, 0]] * 3
+
+
+def test_the_model_is_left_as_it_was(stack):
+    before, ids = stack.config._attn_implementation, torch.arange(8)[None]
+    logits = stack.logits(ids)
+    rollout = DraftRollout(stack, _text(stack))
+    with pytest.raises(SdfpError):
+        rollout.run([3, 1], 2)
+    rollout.run(KEEP, 2)
+    assert stack.config._attn_implementation == before
+    assert torch.equal(stack.logits(ids), logits)
+
+
+def test_stops_early_when_told():
+    stack = _tiny()
+    runs = DraftRollout(stack, _text(stack)).run(range(4), 8, proceed=lambda runs: runs.steps < 3)
+    assert runs.steps == 3 and runs.lengths.max() == 3
+
+
+def test_end_of_text_token_ends_a_sequence():
+    stack = _tiny()
+    plain = _text(stack)
+    assert plain.ends.tolist() == [PROMPT + NEW] * 3
+    stop = int(plain.ids[0, PROMPT + 4])
+    stack.model.generation_config.eos_token_id = [stop, 10_000]
+    expected = [
+        next((PROMPT + i + 1 for i, t in enumerate(row[PROMPT:].tolist()) if t == stop), PROMPT + NEW)
+        for row in plain.ids
+    ]
+    assert _text(stack).ends.tolist() == expected
+    assert expected[0] <= PROMPT + 5
+
+
+def test_rounds_walk_from_where_the_last_round_stopped():
+    # Starts 0..6; a round of 2 drafts visits 0 (run 3, counts as 2), 3 (run 0), 4 (run 1), and 6 would not fit.
+    runs = AcceptedRuns(torch.tensor([[3, 2, 1, 0, 1, 5, 5]]), torch.tensor([7]), steps=5)
+    rounds = runs.rounds(2)
+    assert (rounds.count, rounds.tried, rounds.accepted) == (3, [3, 2], [2, 1])
+    assert rounds.acceptance == pytest.approx([2 / 3, 1 / 2])
+    assert rounds.mean_accepted_length == pytest.approx(2.0)
+    assert rounds.acceptance_rate == pytest.approx(0.5)
+    assert rounds.standard_error == pytest.approx([(2 / 9 / 3) ** 0.5, (1 / 8) ** 0.5])
+    empty = AcceptedRuns(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([1]), steps=2).rounds(2)
+    assert (empty.count, empty.acceptance, empty.mean_accepted_length) == (0, [0.0, 0.0], 1.0)
