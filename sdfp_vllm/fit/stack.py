@@ -60,7 +60,7 @@ class DecoderStack:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.config = model.config.get_text_config()
-        inner = getattr(model, "model", None)
+        inner: Any = getattr(model, "model", None)
         layers = getattr(inner, "layers", None)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             raise self._unsupported("no decoder layers at model.layers")
@@ -79,6 +79,9 @@ class DecoderStack:
         self.norm: nn.Module = norm
         self.head: nn.Module = head
         self._branches = [self._split(i) for i in range(len(layers))]
+        parameters = [id(p) for i in range(len(layers)) for _, p in self.layer_parameters(i)]
+        if len(parameters) != len(set(parameters)):
+            raise self._unsupported("its layers share parameters")
 
     @property
     def num_layers(self) -> int:

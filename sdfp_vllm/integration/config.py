@@ -1,0 +1,153 @@
+"""SdfpConfig: the speculative config that carries a plan's decisions to every process.
+
+Settings travel in this object, never in environment variables: Ray hands only some of those on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sdfp_vllm.errors import PlanError, SdfpError
+from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
+from sdfp_vllm.integration.refusals import refuse_unsupported
+from sdfp_vllm.integration.upstream import SpeculativeConfig, config, init_logger
+from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, default_plan_dir, load_plan
+
+logger = init_logger(f"vllm.{__name__}")
+
+# What a user may set beside the plan; anything else in speculative_config is refused by name.
+SETTINGS = {
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "draft_sample_method",
+    "rejection_sample_method",
+    "synthetic_acceptance_rates",
+    "synthetic_acceptance_length",
+    "num_speculative_tokens_per_batch_size",
+    "enforce_eager",
+}
+
+
+@config
+class SdfpConfig(SpeculativeConfig):
+    """vLLM's speculative config with a keep set instead of a second model."""
+
+    method: Literal["sdfp"] = "sdfp"  # type: ignore[assignment]
+    kept_layers: list[int] = Field(default_factory=list)
+    """Decoder layers of the target that draft, ascending."""
+
+    def __post_init__(self) -> None:
+        # Upstream's own resolves a second model's config; here the draft is the target.
+        self.draft_model_config = copy.copy(self.target_model_config)
+        self.draft_parallel_config = self.target_parallel_config
+        self._patch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._patch()
+
+    @staticmethod
+    def _patch() -> None:
+        from sdfp_vllm.integration.patches import patch_engine
+
+        patch_engine()
+
+    def uses_draft_model(self) -> bool:
+        return True
+
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        return 0  # no draft prefill: nothing is fed beyond what the target verifies
+
+    def compute_hash(self) -> str:
+        """Adds the keep set: vLLM keys compiled graphs by this, and another set is another graph."""
+        factors = f"{super().compute_hash()} sdfp {self.kept_layers}"
+        return hashlib.sha256(factors.encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"SdfpConfig(plan={self.model!r}, kept_layers={self.kept_layers}, "
+            f"num_speculative_tokens={self.num_speculative_tokens})"
+        )
+
+
+def build_config(args: Any, settings: dict[str, Any], model_config: Any, parallel_config: Any) -> SdfpConfig:
+    """Builds the config from the user's settings and the plan they lead to.
+
+    Args:
+        args: vLLM's EngineArgs, read for features SDFP does not work with.
+        settings: Merged speculative settings (`arguments.sdfp_settings`).
+
+    Raises:
+        SdfpError: For a setting, feature or plan that cannot be used; before any weight is read.
+    """
+    if unknown := sorted(set(settings) - SETTINGS):
+        raise SdfpError(
+            f"speculative_config[{unknown[0]!r}]",
+            "is not a setting of method 'sdfp'",
+            f"Remove it; the settings are {', '.join(sorted(SETTINGS))}.",
+        )
+    refuse_unsupported(args, model_config, parallel_config)
+    plan, path = find_plan(model_config.model, model_config.revision, settings.get("model"))
+    k = draft_tokens(plan, settings.get("num_speculative_tokens"))
+    if not plan.worthwhile:
+        logger.warning(
+            "The plan %s predicts no gain over plain decoding (%.2fx). Serving goes on with it as asked.",
+            path,
+            plan.prediction.speedup,
+        )
+    # A model that drafts with itself has a full distribution to sample from, and sampling from it
+    # is accepted more often than its argmax; greedy requests are not affected.
+    passed = {"draft_sample_method": "probabilistic", **settings}
+    passed.update(method="sdfp", model=path, num_speculative_tokens=k)
+    return SdfpConfig(
+        kept_layers=list(plan.kept_layers),
+        target_model_config=model_config,
+        target_parallel_config=parallel_config,
+        **passed,
+    )
+
+
+def find_plan(model: str, revision: str | None, plan: str | None) -> tuple[SkipPlan, str]:
+    """Loads the plan at `plan`, or the default one of the model's fingerprint.
+
+    Raises:
+        PlanError: If there is none, or it is damaged or made for another model.
+    """
+    target = fingerprint(resolve_model_dir(model, revision))
+    if plan is not None:
+        return load_plan(plan, expected=target), plan
+    folder = default_plan_dir(target)
+    if not folder.exists():
+        raise PlanError(
+            f"model {model!r}",
+            f"has no plan yet (looked for {folder})",
+            f"Make one with `sdfp plan {model}`, or name a plan folder as the speculative model.",
+        )
+    return load_plan(folder, expected=target), str(folder)
+
+
+def draft_tokens(plan: SkipPlan, asked: Any) -> int:
+    """The draft length: the user's, if the plan has measured that far, else the plan's.
+
+    Raises:
+        SdfpError: For zero, a non-integer, or more than the plan knows about.
+    """
+    if asked is None:
+        return plan.num_speculative_tokens
+    where = "num_speculative_tokens"
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise SdfpError(where, f"must be a whole number of at least 1, got {asked!r}", "Leave it out to use the plan's.")
+    known = max((len(c.acceptance) for c in plan.curve if c.kept_layers == plan.kept_layers), default=MAX_DRAFT_TOKENS)
+    if asked > known:
+        raise SdfpError(
+            where,
+            f"is {asked}, but the plan has measured acceptance for at most {known} draft tokens",
+            f"Ask for at most {known}, or make a plan with `sdfp plan MODEL --draft-tokens {asked}`.",
+        )
+    return asked

@@ -1,0 +1,69 @@
+"""What SDFP does not work with, refused at start-up by name; `docs/limits.md` is this table for users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sdfp_vllm.errors import SdfpError
+
+# (feature, is it asked for?, why not, the way out)
+_Check = tuple[str, Callable[[Any, Any, Any], bool], str, str]
+
+CHECKS: list[_Check] = [
+    (
+        "--pipeline-parallel-size",
+        lambda args, model, parallel: parallel.pipeline_parallel_size > 1,
+        "above 1 puts the draft's layers on different workers",
+        "Use --tensor-parallel-size instead.",
+    ),
+    (
+        "--decode-context-parallel-size",
+        lambda args, model, parallel: getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "above 1 splits the KV cache the draft shares with the target",
+        "Leave it at 1.",
+    ),
+    (
+        "--kv-transfer-config",
+        lambda args, model, parallel: getattr(args, "kv_transfer_config", None) is not None,
+        "moves KV blocks between engines, and those of draft positions must not leave this one",
+        "Serve without a KV connector.",
+    ),
+    (
+        "--enable-eplb",
+        lambda args, model, parallel: bool(getattr(parallel, "enable_eplb", False)),
+        "counts expert loads per layer, which drafting would distort",
+        "Leave it off.",
+    ),
+    (
+        "--enable-lora",
+        lambda args, model, parallel: bool(getattr(args, "enable_lora", False)),
+        "maps adapters to verified tokens only, so drafts would use the wrong ones",
+        "Merge the adapter into the weights, or serve without SDFP.",
+    ),
+    (
+        "model",
+        lambda args, model, parallel: bool(getattr(model, "is_encoder_decoder", False)),
+        "is an encoder-decoder model; SDFP drafts with the layers of a decoder-only one",
+        "Serve it without SDFP.",
+    ),
+    (
+        "model",
+        lambda args, model, parallel: bool(getattr(model, "uses_mrope", False)),
+        "uses M-RoPE positions, which drafting does not advance",
+        "Serve it without SDFP.",
+    ),
+    (
+        "model",
+        lambda args, model, parallel: bool(getattr(model, "is_hybrid", False) or getattr(model, "is_attention_free", False)),
+        "has layers with recurrent state (mamba, linear attention), which rejected drafts would corrupt",
+        "Serve it without SDFP.",
+    ),
+]  # fmt: skip
+
+
+def refuse_unsupported(args: Any, model_config: Any, parallel_config: Any) -> None:
+    """Raises SdfpError for the first feature in `CHECKS` that is asked for."""
+    for where, asked, why, way_out in CHECKS:
+        if asked(args, model_config, parallel_config):
+            raise SdfpError(where, f"cannot be used with SDFP: it {why}", way_out)

@@ -1,0 +1,273 @@
+"""SdfpProposer: drafts in vLLM's V1 runner with the target's kept layers over the target's KV cache.
+
+Where things stand when `propose` is called: the target has computed positions 0..P of a request
+(P the last accepted token's), and sampled the token of P + 1, which has no K/V yet. Draft step
+j feeds one token per request at position P + 1 + j; its K/V goes to the slot of that position,
+reserved by the scheduler's lookahead. The next verification recomputes every one of those slots
+with all layers before anything reads them as committed. There is no draft prefill: past
+positions already hold the target's own K/V.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.integration.upstream import (
+    AttentionGroup,
+    AttentionLayerBase,
+    CommonAttentionMetadata,
+    CUDAGraphMode,
+    DraftModelProposer,
+    KVCacheConfig,
+    SamplingMetadata,
+    UniformTypeKVCacheSpecs,
+    VllmConfig,
+    eagle_step_update_slot_mapping_and_metadata,
+    get_layers_from_vllm_config,
+    init_logger,
+    set_forward_context,
+    set_model_tag,
+)
+from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class SdfpProposer(DraftModelProposer):
+    """A `DraftModelProposer` without a second model, a second KV cache or a first pass."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None):
+        super().__init__(vllm_config=vllm_config, device=device, runner=runner)
+        self.runner = runner
+        self.kept_layers: list[int] = vllm_config.speculative_config.kept_layers
+        # Buffers of the base class for hidden states and embeddings that no draft step here reads.
+        self.hidden_states = self.inputs_embeds = None
+        self.is_rejected_token_mask = self.is_masked_token_mask = None
+        self._slots: dict[int, torch.Tensor] = {}
+
+    # ------------------------------------------------------------ set-up
+    def load_model(self, target_model: nn.Module) -> None:
+        """Builds the draft over `target_model`'s modules; allocates nothing.
+
+        Raises:
+            SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V.
+        """
+        layers = decoder_of(target_model).layers
+        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        self._draft_attn_layer_names = set()
+        for i in self.kept_layers:
+            if i >= len(layers):
+                raise SdfpError(
+                    f"plan {self.speculative_config.model}",
+                    f"keeps layer {i}, but the model has {len(layers)} layers",
+                    "Make a plan for this model with `sdfp plan MODEL`.",
+                )
+            names = attention_names(layers[i])
+            if not names:
+                raise SdfpError(f"decoder layer {i}", "has no attention with a paged KV cache", "Serve without SDFP.")
+            for name in names:
+                if getattr(attention[name], "kv_sharing_target_layer_name", None) is not None:
+                    raise SdfpError(
+                        f"decoder layer {i}", "reads another layer's K/V, which drafting may not have written",
+                        "Serve this model without SDFP.",
+                    )  # fmt: skip
+            self._draft_attn_layer_names.update(names)
+        with set_model_tag("sdfp_draft"):
+            self.model = SkipDraftModel(
+                vllm_config=self.vllm_config, prefix="", target=target_model, kept_layers=self.kept_layers
+            )
+        logger.info(
+            "SDFP drafts %d tokens a round with %d of %d layers: %s",
+            self.num_speculative_tokens,
+            len(self.kept_layers),
+            len(layers),
+            self.kept_layers,
+        )
+
+    def initialize_attn_backend(
+        self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        """Makes attention metadata builders for the kept layers, per KV cache group and backend."""
+        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        groups: dict[tuple, AttentionGroup] = {}
+        for gid, group in enumerate(kv_cache_config.kv_cache_groups):
+            block_size = kernel_block_sizes[gid] if kernel_block_sizes and gid < len(kernel_block_sizes) else None
+            # Sorted, so that every tensor-parallel rank builds the same groups in the same order.
+            for name in sorted(self._draft_attn_layer_names & set(group.layer_names)):
+                spec = group.kv_cache_spec
+                if isinstance(spec, UniformTypeKVCacheSpecs):
+                    spec = spec.kv_cache_specs[name]
+                backend = attention[name].get_attn_backend()
+                key = (gid, backend.full_cls_name(), spec)
+                if key in groups:
+                    groups[key].layer_names.append(name)
+                    continue
+                groups[key] = AttentionGroup(backend, [name], spec, gid)
+                groups[key].create_metadata_builders(self.vllm_config, self.device, kernel_block_size=block_size)
+        self.draft_attn_groups = list(groups.values())
+        self.kv_cache_gid = self.draft_attn_groups[0].kv_cache_group_id
+        self.block_size = self.draft_attn_groups[0].kv_cache_spec.block_size
+        self._by_gid: dict[int, list[AttentionGroup]] = defaultdict(list)
+        for g in self.draft_attn_groups:
+            self._by_gid[g.kv_cache_group_id].append(g)
+        self._slots = {
+            gid: torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device) for gid in self._by_gid
+        }
+
+    def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
+        """Kept layers may lie in several groups (sliding and full attention); each has its own metadata."""
+
+    @torch.inference_mode()
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """One draft forward without attention metadata: compiles, captures, and shows its memory to profiling."""
+        mode, padded, across_dp = self._determine_batch_execution_and_padding(
+            num_tokens, use_cudagraphs=use_cudagraphs
+        )
+        slots = {name: self._slots[gid][:padded] for gid, name in self._named_slots()}
+        self._forward(None, slots or slot_mappings or {}, padded, mode, across_dp)
+
+    # ------------------------------------------------------------ drafting
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> torch.Tensor:
+        """Drafts `num_speculative_tokens` (k >= 0) tokens per request.
+
+        Args:
+            target_positions: int64 [num_tokens], positions the target just computed.
+            next_token_ids: int32 [batch], the token sampled after the last accepted one.
+            token_indices_to_sample: int32 [batch], index of the last accepted token among
+                `target_positions`; None when nothing was drafted in this step.
+            num_rejected_tokens_gpu: int32 [batch], drafts rejected in this step, still counted
+                in `common_attn_metadata.seq_lens`.
+
+        Returns:
+            int64 [batch, k] draft token ids; their probabilities, where sampled, are kept for
+            `take_last_draft_probs`.
+        """
+        self._last_draft_probs = None
+        batch = common_attn_metadata.batch_size()
+        k = num_speculative_tokens
+        if k == 0:
+            return next_token_ids.new_empty((batch, 0), dtype=torch.int64)
+        last = token_indices_to_sample
+        if last is None:
+            last = common_attn_metadata.query_start_loc[1:] - 1
+        positions = target_positions[last]
+        groups = self._decode_metadata(common_attn_metadata, batch, num_rejected_tokens_gpu)
+        mode, padded, across_dp = self._determine_batch_execution_and_padding(batch)
+        slots = {name: self._slots[gid][:padded] for gid, name in self._named_slots()}
+
+        drafted: list[torch.Tensor] = []
+        probs: list[torch.Tensor] = []
+        tokens = next_token_ids
+        for step in range(k):
+            positions = self._advance(groups, positions, batch, padded)
+            metadata = {
+                name: built
+                for gid, cad in groups.items()
+                for group in self._by_gid[gid]
+                for built in [group.build_metadata_for_drafting(common_attn_metadata=cad, draft_index=step + 1)]
+                for name in group.layer_names
+            }
+            self.input_ids[:batch] = tokens
+            hidden = self._forward(metadata, slots, padded, mode, across_dp)
+            tokens, q = self._sample_draft_tokens(hidden[:batch], sampling_metadata)
+            drafted.append(tokens)
+            if q is not None:
+                probs.append(q)
+        if probs:
+            self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
+        return torch.stack(drafted, dim=1)
+
+    def _decode_metadata(
+        self, cad: CommonAttentionMetadata, batch: int, num_rejected: torch.Tensor | None
+    ) -> dict[int, CommonAttentionMetadata]:
+        """Copies the target's metadata into one-query-per-request metadata for each KV cache group.
+
+        Copies, because the step below counts in place and the runner still owns the originals.
+        """
+        seq_lens = cad.seq_lens if num_rejected is None else cad.seq_lens - num_rejected
+        query_start_loc_cpu = torch.arange(batch + 1, dtype=torch.int32)
+        upper = cad.seq_lens_cpu_upper_bound
+        return {
+            gid: replace(
+                cad,
+                num_actual_tokens=batch,
+                max_query_len=1,
+                query_start_loc=self.arange[: batch + 1],
+                query_start_loc_cpu=query_start_loc_cpu,
+                seq_lens=seq_lens.clone(),
+                seq_lens_cpu_upper_bound=None if upper is None else upper.clone(),
+                block_table_tensor=self.runner.input_batch.block_table[gid].get_device_tensor(batch),
+                slot_mapping=self._slots[gid][:batch],
+            )
+            for gid in self._by_gid
+        }
+
+    def _advance(
+        self, groups: dict[int, CommonAttentionMetadata], positions: torch.Tensor, batch: int, padded: int
+    ) -> torch.Tensor:
+        """Moves every request one position on, in each group; returns the new positions, int64 [batch].
+
+        Past the model's maximum length a position is clamped and its K/V written nowhere.
+        """
+        max_model_len = self.runner.max_model_len  # read late: it may be fitted to memory after set-up
+        for gid, cad in groups.items():
+            eagle_step_update_slot_mapping_and_metadata(
+                positions_1d=positions,
+                block_table_tensor=cad.block_table_tensor,
+                seq_lens=cad.seq_lens,
+                block_size=self.runner.input_batch.block_table[gid].block_size,
+                max_model_len=max_model_len,
+                out_clamped_positions=self.positions[:batch],
+                out_slot_mapping=self._slots[gid][:padded],
+                input_batch_size=padded,
+            )
+            cad.max_seq_len = min(cad.max_seq_len + 1, max_model_len)
+            if cad.seq_lens_cpu_upper_bound is not None:
+                cad.seq_lens_cpu_upper_bound += 1
+        return self.positions[:batch].clone()
+
+    def _named_slots(self) -> list[tuple[int, str]]:
+        return [(g.kv_cache_group_id, name) for g in self.draft_attn_groups for name in g.layer_names]
+
+    def _forward(
+        self,
+        metadata: dict[str, Any] | None,
+        slots: dict[str, torch.Tensor],
+        padded: int,
+        mode: CUDAGraphMode,
+        across_dp: torch.Tensor | None,
+    ) -> torch.Tensor:
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=padded,
+            num_tokens_across_dp=across_dp,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=slots,
+        ):
+            return self.model(input_ids=self.input_ids[:padded], positions=self.positions[:padded])
