@@ -142,15 +142,17 @@ def _listed(texts: Sequence[str], name: str) -> _Source:
     return len(texts), texts.__getitem__, name
 
 
-def _standard_library() -> _Source:
+def standard_library_files() -> list[Path]:
+    """The running Python's own sources, test suites left out, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(f for f in root.rglob("*.py") if not _LEFT_OUT & set(f.relative_to(root).parts))
+    return sorted(f for f in root.rglob("*.py") if not _LEFT_OUT & set(f.relative_to(root).parts))
+
+
+def _standard_library() -> _Source:
+    files = standard_library_files()
+    name = f"Python {platform.python_version()} standard library"
     # A few of its files are deliberately not UTF-8.
-    return (
-        len(files),
-        lambda i: files[i].read_text(encoding="utf-8", errors="replace"),
-        f"Python {platform.python_version()} standard library",
-    )
+    return len(files), lambda i: files[i].read_text(encoding="utf-8", errors="replace"), name
 
 
 def _read_text(path: Path) -> str:

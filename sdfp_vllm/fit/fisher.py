@@ -173,10 +173,10 @@ def _streaming(stack: DecoderStack, gradient_checkpointing: bool) -> Iterator[Ca
         for (i, branch, _), row in zip(slots, reduced.cpu(), strict=True):
             per_branch[i, branch] += row
         if not per_branch.isfinite().all():
-            layer = int((~per_branch.isfinite()).any(dim=(1, 2)).nonzero()[0])
+            layer = int((~per_branch.isfinite()).any(dim=2).any(dim=1).nonzero()[-1])
             raise SdfpError(
-                f"layer {layer}",
-                f"its gradient is not finite in {logits.dtype}",
+                "model",
+                f"its gradients are not finite in {logits.dtype} (from layer {layer} down)",
                 "Score the model in float32 (or bfloat16, if it is float16 now), and check its weights for NaN.",
             )
         return FisherSums(1, per_branch * float(len(logits)) ** 2)
