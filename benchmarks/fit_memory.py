@@ -19,10 +19,12 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "fit_memory.json"
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 512,
         "intermediate_size": 1408,
@@ -70,6 +72,7 @@ def measure(size: str, method: str, windows: int, length: int) -> dict[str, floa
             loss = F.cross_entropy(stack.logits(window[None])[0, :-1], window[1:], reduction="sum")
             loss.backward()
             for p in parameters:
+                assert p.grad is not None
                 trace += p.grad.square().sum()
                 (p.grad * p.detach()).square().sum()
                 p.grad = None
@@ -80,7 +83,7 @@ def measure(size: str, method: str, windows: int, length: int) -> dict[str, floa
         "weights_mib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
         "peak_rss_mib": peak / 2**20,
         "over_loaded_mib": (peak - loaded) / 2**20,
-        "seconds_per_window": statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)),
+        "seconds_per_window": statistics.median(b - a for a, b in pairwise(ends)),
         "fisher_trace": trace.item() / windows,
     }
 
@@ -120,7 +123,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("SIZE", "METHOD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(*args.measure, args.windows, args.length)))
+        size, method = args.measure
+        print(json.dumps(measure(size, method, args.windows, args.length)))
         return
 
     # The parent stays small: a child's high-water mark starts at its parent's.

@@ -117,7 +117,7 @@ def layer_scores(stack: DecoderStack, sums: FisherSums) -> list[LayerScore]:
     for i in range(stack.num_layers):
         squares, counts = [], []
         for branch in (stack.attention_parameters(i), stack.mlp_parameters(i)):
-            squares.append(sum(_sum_of_squares(p.detach()).item() for _, p in branch))
+            squares.append(sum(_square_sums(p.detach(), p.detach())[0].item() for _, p in branch))
             counts.append(sum(p.numel() for _, p in branch))
         (a_trace, a_diagonal), (m_trace, m_diagonal) = (sums.sums[i] / max(sums.sequences, 1)).tolist()
         scores.append(
@@ -157,8 +157,7 @@ def _streaming(stack: DecoderStack, gradient_checkpointing: bool) -> Iterator[Ca
     def reduce(slot: int) -> Callable[[nn.Parameter], None]:
         def hook(p: nn.Parameter) -> None:
             assert p.grad is not None
-            reduced[slot, 0] = _sum_of_squares(p.grad)
-            reduced[slot, 1] = _sum_of_squares(p.grad, p.detach())
+            reduced[slot] = _square_sums(p.grad, p.detach())
             p.grad = None
 
         return hook
@@ -217,17 +216,15 @@ def _streaming(stack: DecoderStack, gradient_checkpointing: bool) -> Iterator[Ca
             module.training = mode
 
 
-def _sum_of_squares(x: Tensor, times: Tensor | None = None) -> Tensor:
-    """sum x^2, or sum (x * times)^2, of same-shaped tensors, as a float64 scalar on their device."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    x = x.reshape(-1)
-    others = times.reshape(-1).split(_CHUNK) if times is not None else None
-    for j, chunk in enumerate(x.split(_CHUNK)):
-        wide = chunk.double()
-        if others is not None:
-            wide = wide * others[j]
-        total += torch.dot(wide, wide)
-    return total
+def _square_sums(x: Tensor, times: Tensor) -> Tensor:
+    """(sum x^2, sum (x * times)^2) of two same-shaped tensors, float64 [2] on their device."""
+    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
+    for part, factor in zip(x.reshape(-1).split(_CHUNK), times.reshape(-1).split(_CHUNK), strict=True):
+        wide = part.double()
+        sums[0] += torch.dot(wide, wide)
+        wide = wide * factor  # not in place: `part` itself in a float64 model
+        sums[1] += torch.dot(wide, wide)
+    return sums
 
 
 def _check_ids(stack: DecoderStack, ids: Tensor) -> None:

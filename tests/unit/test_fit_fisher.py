@@ -280,6 +280,14 @@ def test_bfloat16_scores_rank_like_float32():
     torch.testing.assert_close(flat(fisher_scores(stack, ids)), wide, rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weights_are_not_touched(dtype):
+    model = tiny_model().to(dtype)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    fisher_scores(DecoderStack(model), tiny_ids(1))
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
 def test_a_layer_that_does_nothing_scores_lowest():
     """Zero output projections leave the residual stream alone: only their own gradient is left."""
     model = tiny_model()
