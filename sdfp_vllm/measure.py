@@ -1,8 +1,8 @@
 """Generates with one vLLM engine in a process of its own, and measures it.
 
 Engines are compared one process each: none inherits the other's memory, caches or compiled
-code. `run_engine` starts `python -m sdfp_vllm.measure SPEC RESULT`, which builds `LLM`,
-warms it up, generates prompt after prompt (batch 1) and writes one JSON result.
+code. `run_engines` starts `python -m sdfp_vllm.measure FOLDER` for each, which builds `LLM`,
+warms it up, generates one prompt at a time (batch 1) and writes one JSON result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from sdfp_vllm.errors import SdfpError
 
 _WARM_UP_TOKENS = 16
 _LOG_LINES = 25
+_POLL_SECONDS = 0.05
+_SETTLE_SECONDS = 0.2
 _SETTINGS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -33,7 +35,7 @@ class EngineSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    prompts: list[list[int]] | list[str] = Field(min_length=1)
+    prompts: list[list[int] | str] = Field(min_length=1)
     warm_up: list[int] | str
     speculative: dict[str, Any] | None = None  # vLLM's speculative_config
     max_tokens: int = Field(ge=1)
@@ -91,55 +93,130 @@ class Measurement(BaseModel):
         return 1 + self.accepted_tokens / self.rounds if self.rounds else None
 
 
-def run_engine(spec: EngineSpec, on_prompt: Callable[[int], None] = lambda done: None) -> Measurement:
-    """Runs `spec` in a fresh process group, which is gone when this returns or is interrupted.
+def run_engine(spec: EngineSpec) -> Measurement:
+    """Runs `spec` in a process of its own. See `run_engines`."""
+    return run_engines([spec])[0]
+
+
+def run_engines(
+    specs: Sequence[EngineSpec], on_step: Callable[[int, int], None] = lambda engine, done: None
+) -> list[Measurement]:
+    """Runs all engines at once but in turns: prompt 0 on each, then prompt 1 on each, and so on.
+
+    A machine whose speed drifts so slows all of them alike. Engines that are not at work are
+    stopped (SIGSTOP), because an idle vLLM engine polls; they keep their memory. Every process
+    is gone when this returns or is interrupted.
 
     Args:
-        on_prompt: Called with the number of prompts finished, a few times a second.
+        specs: One per engine.
+        on_step: Called as (engine at work, steps done); an engine's start and each prompt are a step.
 
     Raises:
-        SdfpError: If the engine fails; carries the end of its output.
+        SdfpError: If an engine fails; carries the end of its output.
     """
-    with tempfile.TemporaryDirectory(prefix="sdfp-") as folder:
-        spec_file, result, log = (Path(folder) / name for name in ("spec.json", "result.json", "log"))
-        spec_file.write_text(spec.model_dump_json())
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sdfp_vllm.measure", str(spec_file), str(result)],
-                stdout=out,
+    done = 0
+    with tempfile.TemporaryDirectory(prefix="sdfp-") as folder, contextlib.ExitStack() as stack:
+        engines = []
+        for i, spec in enumerate(specs):
+            on_step(i, done)
+            (Path(folder) / str(i)).mkdir()
+            engines.append(stack.enter_context(_EngineProcess(spec, Path(folder) / str(i))))
+            engines[-1].wait_for(1)
+            engines[-1].pause()
+            done += 1
+        for turn in range(max(len(spec.prompts) for spec in specs)):
+            for i, engine in enumerate(engines):
+                if turn < len(engine.spec.prompts):
+                    on_step(i, done)
+                    engine.resume()
+                    engine.next_prompt()
+                    engine.wait_for(turn + 2)
+                    engine.pause()
+                    done += 1
+        return [engine.finish() for engine in engines]
+
+
+class _EngineProcess:
+    """`python -m sdfp_vllm.measure` in a process group: told by a line on stdin, answers by a byte in a file."""
+
+    def __init__(self, spec: EngineSpec, folder: Path):
+        self.spec, self.folder = spec, folder
+        self.result, self.progress, self.log = folder / "result.json", folder / "progress", folder / "log"
+
+    def __enter__(self) -> _EngineProcess:
+        (self.folder / "spec.json").write_text(self.spec.model_dump_json())
+        self.progress.touch()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sdfp_vllm.measure", str(self.folder)],
+                stdin=subprocess.PIPE,
+                stdout=log,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=_SETTINGS | dict(os.environ) | spec.environment,
+                env=_SETTINGS | dict(os.environ) | self.spec.environment,
                 start_new_session=True,
             )
-            try:
-                while process.poll() is None:
-                    time.sleep(0.2)
-                    on_prompt(_progress_file(result).stat().st_size if _progress_file(result).exists() else 0)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if process.returncode or not result.exists():
-            output = log.read_text(errors="replace").strip().splitlines()
-            method = (spec.speculative or {}).get("method", "plain decoding")
-            raise SdfpError(
-                f"vLLM engine ({method}) on {spec.model}",
-                f"failed with exit status {process.returncode}:\n" + "\n".join(output[-_LOG_LINES:]) + "\n",
-                "Correct what its last lines name; VLLM_LOGGING_LEVEL=INFO makes it say more.",
-            )
-        return Measurement.model_validate_json(result.read_text())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def pause(self) -> None:
+        time.sleep(_SETTLE_SECONDS)  # a step that the engine began ahead of need ends
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def next_prompt(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # wait_for says why it died
+            self.process.stdin.write(b"\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+
+    def wait_for(self, answers: int) -> None:
+        while self.progress.stat().st_size < answers:
+            if self.process.poll() is not None:
+                raise self._failure()
+            time.sleep(_POLL_SECONDS)
+
+    def finish(self) -> Measurement:
+        self.resume()
+        self.process.stdin.close()  # type: ignore[union-attr]
+        while not self.result.exists():
+            if self.process.poll() is not None and not self.result.exists():
+                raise self._failure()
+            time.sleep(_POLL_SECONDS)
+        return Measurement.model_validate_json(self.result.read_text())
+
+    def _failure(self) -> SdfpError:
+        output = self.log.read_text(errors="replace").strip().splitlines()
+        method = (self.spec.speculative or {}).get("method", "plain decoding")
+        return SdfpError(
+            f"vLLM engine ({method}) on {self.spec.model}",
+            f"failed with exit status {self.process.returncode}:\n" + "\n".join(output[-_LOG_LINES:]) + "\n",
+            "Correct what its last lines name; VLLM_LOGGING_LEVEL=INFO makes it say more.",
+        )
 
 
-def measure(spec: EngineSpec, on_prompt: Callable[[int], None] = lambda done: None) -> Measurement:
-    """Builds the engine in this process and generates. Use `run_engine` unless this process is for it alone."""
+def measure(spec: EngineSpec, ready: Callable[[], None] = lambda: None) -> Measurement:
+    """Builds the engine in this process and generates. Use `run_engine` unless this process is for it alone.
+
+    Args:
+        ready: Called before each prompt, outside of the timing, and once after the last; may block.
+    """
     import vllm
     from vllm import LLM, SamplingParams
 
     began = time.perf_counter()
     llm = LLM(
         spec.model,
-        dtype=spec.dtype,
+        dtype=spec.dtype,  # type: ignore[arg-type]  # vLLM refuses what it does not know
         seed=spec.seed,
         speculative_config=spec.speculative,
         disable_log_stats=False,
@@ -157,11 +234,12 @@ def measure(spec: EngineSpec, on_prompt: Callable[[int], None] = lambda done: No
     generate(spec.warm_up, _WARM_UP_TOKENS)
     before = _draft_counters(llm)
     outputs, seconds = [], []
-    for done, prompt in enumerate(spec.prompts, 1):
+    for prompt in spec.prompts:
+        ready()
         began = time.perf_counter()
         outputs.append(generate(prompt, spec.max_tokens))
         seconds.append(time.perf_counter() - began)
-        on_prompt(done)
+    ready()
     after = _draft_counters(llm)
     counted = {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in after}
     return Measurement(
@@ -204,18 +282,19 @@ def _kv_bytes_per_token(llm: Any) -> float | None:
     return envs.VLLM_CPU_KVCACHE_SPACE * 2**30 / (cache.num_gpu_blocks * cache.block_size)
 
 
-def _progress_file(result: Path) -> Path:
-    """One byte per finished prompt."""
-    return result.with_suffix(".progress")
-
-
 def main() -> None:
-    spec_file, result = Path(sys.argv[1]), Path(sys.argv[2])
-    with _progress_file(result).open("ab", buffering=0) as progress:
-        measurement = measure(
-            EngineSpec.model_validate_json(spec_file.read_text()), lambda _: progress.write(b".") and None
-        )
-    result.write_text(measurement.model_dump_json())
+    """The engine's side: announces each moment of readiness with a byte, then waits for a line or the end of stdin."""
+    folder = Path(sys.argv[1])
+    with (folder / "progress").open("ab", buffering=0) as progress:
+
+        def ready() -> None:
+            progress.write(b".")
+            sys.stdin.readline()
+
+        measurement = measure(EngineSpec.model_validate_json((folder / "spec.json").read_text()), ready)
+    new = folder / "result.new"
+    new.write_text(measurement.model_dump_json())
+    new.rename(folder / "result.json")
 
 
 if __name__ == "__main__":

@@ -154,3 +154,22 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path):
     with pytest.raises(SdfpError, match=r"up_proj\.weight: has shape"):
         widen(src, tmp_path / "dst", **WIDE, seed=0)
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_diagonal_fit_scores_are_the_originals(tmp_path):
+    """Why the demo plans by the diagonal score: sum_j F_j theta_j^2 is blind to the added weights."""
+    src = checkpoint(tmp_path / "src")
+    dst = widen(src, tmp_path / "dst", **WIDE, seed=0)
+    ids = torch.randint(61, (1, 40), generator=torch.Generator().manual_seed(3))
+
+    def scores(folder: Path) -> list[float]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model(ids, labels=ids).loss.backward()
+        return [
+            sum(float((p.grad * p.detach()).square().sum()) for p in layer.parameters())
+            for layer in model.model.layers
+        ]
+
+    want = scores(src)
+    assert scores(dst) == pytest.approx(want, rel=1e-3)
+    assert max(want) > 1.1 * min(want)

@@ -1,0 +1,96 @@
+"""The `sdfp generate` command: text from the model, and what drafting did for its speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdfp_vllm.errors import SdfpError
+
+
+def generate_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the target.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan folder; default: the one made for this model.")
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Draft tokens a round; default: the plan's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    seed: Annotated[int, typer.Option()] = 0,
+    baseline: Annotated[
+        bool, typer.Option("--baseline/--no-baseline", help="Also run without drafting.")
+    ] = True,
+) -> None:
+    """Generate text with SDFP; print it, the acceptance, and tokens/s with and without drafting."""
+    from rich.console import Console
+
+    from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
+    from sdfp_vllm.measure import EngineSpec, run_engine
+    from sdfp_vllm.plan import PLAN_FILE, default_plan_dir, load_plan
+
+    text = _prompt_text(prompt, prompt_file)
+    folder = resolve_model_dir(model)
+    fp = fingerprint(folder)
+    plan_dir = plan or default_plan_dir(fp)
+    if plan is None and not (plan_dir / PLAN_FILE).is_file():
+        raise SdfpError(f"model {model}", "has no plan yet", f"Make it with `sdfp plan {model}`.")
+    load_plan(plan_dir, expected=fp)  # a bad plan is refused before an engine starts
+
+    speculative: dict[str, Any] = {"method": "sdfp", "model": str(plan_dir)}
+    if draft_tokens:
+        speculative["num_speculative_tokens"] = draft_tokens
+    spec = EngineSpec(
+        model=str(folder),
+        prompts=[text],
+        warm_up="The",
+        speculative=speculative,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        engine={"max_num_seqs": 1},
+    )
+    console = Console(stderr=True)  # standard output holds the text alone
+    with console.status("Generating with SDFP"):
+        drafted = run_engine(spec)
+    print(drafted.texts[0])
+    rate, length = drafted.acceptance_rate, drafted.mean_accepted_length
+    console.print(f"[bold]SDFP[/] {drafted.decode_tokens_per_second:.2f} tokens/s, {drafted.tokens} tokens")
+    if rate is None:
+        console.print("Nothing was drafted.")
+    else:
+        console.print(
+            f"acceptance {rate:.3f} ({drafted.accepted_tokens} of {drafted.draft_tokens} draft tokens), "
+            f"{length:.2f} tokens per verification round"
+        )
+    if not baseline:
+        return
+    with console.status("Generating without drafting"):
+        plain = run_engine(spec.model_copy(update={"speculative": None}))
+    console.print(f"[bold]plain[/] {plain.decode_tokens_per_second:.2f} tokens/s, {plain.tokens} tokens")
+    if plain.decode_tokens_per_second:
+        console.print(f"ratio {drafted.decode_tokens_per_second / plain.decode_tokens_per_second:.2f}x")
+    if temperature == 0:
+        same = plain.token_ids == drafted.token_ids
+        console.print("text identical: " + ("yes" if same else "no (expected only below float32)"))
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise SdfpError(
+            "--prompt", "give a text or --prompt-file, one of the two", 'Example: --prompt "def main():"'
+        )
+    try:
+        text = prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SdfpError(str(prompt_file), f"cannot be read ({e})", "Give a text file in UTF-8.") from e
+    if not text:
+        raise SdfpError("--prompt", "is empty", "Give some text to continue.")
+    return text

@@ -1,0 +1,143 @@
+"""The demo's figures: rates, ratios, the bound; and that the table says what they are."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sdfp_vllm.demo import report
+from sdfp_vllm.demo.run import DemoSettings, run_demo, time_spread
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fingerprint import Fingerprint
+from sdfp_vllm.measure import EngineSpec, Measurement, run_engine
+from sdfp_vllm.plan import CostModel, Prediction, Provenance, SkipPlan
+
+
+def measurement(**changed) -> Measurement:
+    base = dict(
+        token_ids=[[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], texts=["a", "b"], seconds=[1.0, 1.5], decode_seconds=[0.8, 1.2],
+        start_seconds=9.0, rounds=0, draft_tokens=0, accepted_tokens=0, accepted_per_position=[],
+        kv_bytes_per_token=2048.0, vllm_version="0",
+    )  # fmt: skip
+    return Measurement.model_validate(base | changed)
+
+
+DRAFTED = measurement(
+    seconds=[0.5, 0.75],
+    decode_seconds=[0.4, 0.6],
+    rounds=4,
+    draft_tokens=12,
+    accepted_tokens=6,
+    accepted_per_position=[3, 2, 1],
+    token_ids=[[1, 2, 3, 4, 5], [6, 7, 8, 9, 11]],
+)
+
+
+def plan(verify_ms: list[float] | None) -> SkipPlan:
+    cost = verify_ms and CostModel(
+        layer_ms=2.0, head_ms=1.0, verify_ms=verify_ms, draft_overhead_ms=5.0, round_overhead_ms=7.0,
+        device="cpu", dtype="float32", threads=1,
+    )  # fmt: skip
+    return SkipPlan(
+        model="m",
+        fingerprint=Fingerprint(
+            architecture="LlamaForCausalLM", num_layers=16, hidden_size=8, vocab_size=8, sha256="0" * 64
+        ),
+        kept_layers=[0, 5, 10, 15],
+        num_speculative_tokens=3,
+        worthwhile=True,
+        prediction=Prediction(acceptance_rate=0.6, mean_accepted_length=2.8, speedup=1.5),
+        scores=[],
+        curve=[],
+        cost=cost or None,
+        made=Provenance(
+            calibration="", calibration_tokens=0, seed=0, selector="", created="", sdfp_version="", torch_version="",
+            transformers_version="",
+        ),
+    )  # fmt: skip
+
+
+def test_rates_of_a_measurement():
+    plain = measurement()
+    assert plain.tokens_per_second == pytest.approx(10 / 2.5)
+    assert plain.decode_tokens_per_second == pytest.approx(8 / 2.0)
+    assert plain.acceptance_rate is None and plain.mean_accepted_length is None
+    assert DRAFTED.acceptance_rate == pytest.approx(0.5)
+    assert DRAFTED.mean_accepted_length == pytest.approx(2.5)
+
+
+def test_bound_is_what_acceptance_and_costs_allow_without_overhead():
+    # 2.5 tokens for one verification of 4 rows (40 ms) and 3 drafts of 4 layers and a head (9 ms each)
+    assert report.speedup_bound(plan([32.0, 34.0, 37.0, 40.0]), 2.5) == pytest.approx(2.5 * 32 / (40 + 27))
+    assert report.speedup_bound(plan([32.0, 34.0]), 2.5) is None  # 4 rows were not measured
+    assert report.speedup_bound(plan(None), 2.5) is None
+
+
+def test_comparison_of_plan_and_measurement():
+    c = report.compare(plan([32.0, 34.0, 37.0, 40.0]), measurement(), DRAFTED)
+    assert c.measured_speedup == pytest.approx(2.0)
+    assert c.bound and c.efficiency == pytest.approx(2.0 / c.bound)
+    assert (c.predicted_acceptance, c.measured_acceptance) == (0.6, 0.5)
+    with pytest.raises(SdfpError, match="drafted no token"):
+        report.compare(plan(None), measurement(), measurement())
+
+
+def test_rows_count_identical_texts_and_extra_memory():
+    plain, sdfp = report.rows({"plain": measurement(), "sdfp": DRAFTED}, {"draft_model": 3})
+    assert (plain["ratio_to_plain"], plain["identical_texts"], plain["acceptance_rate"]) == (1.0, 2, None)
+    assert (sdfp["ratio_to_plain"], sdfp["identical_texts"], sdfp["extra_weight_bytes"]) == (2.0, 1, 0)
+    assert (
+        report.rows({"plain": measurement(), "draft_model": DRAFTED}, {"draft_model": 3})[1][
+            "extra_weight_bytes"
+        ]
+        == 3
+    )
+
+
+def test_printed_table_and_picture(tmp_path):
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    results = {"plain": measurement(), "sdfp": DRAFTED}
+    report.print_table(console, "Cost-scaled demo", report.rows(results, {}))
+    report.print_comparison(console, report.compare(plan([32.0, 34.0, 37.0, 40.0]), measurement(), DRAFTED))
+    text = out.getvalue()
+    for expected in (
+        "Cost-scaled demo",
+        "2.00x",
+        "0.500",
+        "2.50",
+        "1 of 2",
+        "yes",
+        "2.0 KiB",
+        "at most 1.19x",
+        "efficiency 1.68",
+    ):
+        assert expected in text
+    if report.save_picture(tmp_path / "new" / "demo.png", "Cost-scaled demo", results):
+        assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_spread():
+    assert time_spread(measurement()) == pytest.approx(0.4 / 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        (dict(prompts=0), "--prompts"),
+        (dict(prompt_tokens=500), "--prompt-tokens"),
+        (dict(new_tokens=1), "--new-tokens"),
+        (dict(methods=("plain", "magic")), "magic"),
+        (dict(methods=("sdfp",)), "plain is missing"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(settings, flag):
+    with pytest.raises(SdfpError, match=flag):
+        run_demo(DemoSettings(**settings), Console(file=io.StringIO()))
+
+
+@pytest.mark.engine
+def test_an_engine_that_fails_says_why(tmp_path):
+    spec = EngineSpec(model=str(tmp_path / "no-model"), prompts=[[1]], warm_up=[1], max_tokens=2)
+    with pytest.raises(SdfpError, match=r"plain decoding.*no-model(?s:.*)exit status 1"):
+        run_engine(spec)
