@@ -201,7 +201,9 @@ def sub_network(layers: int, core: list[int], rng: random.Random) -> list[int]:
     return sorted(keep)
 
 
-def train(model: Llama, data, held, a, seconds: float, core: list[int] | None, log, state: dict, save) -> None:
+def train(
+    model: Llama, data, held, a, seconds: float, core: list[int] | None, log, state: dict, save
+) -> None:
     """Runs one stage for `seconds` of wall clock: warm-up, flat, then linear decay over the last 60 %."""
     opts = optimizers(model, a.lr)
     for o, s in zip(opts, state.get("opts", []), strict=False):
@@ -237,12 +239,16 @@ def train(model: Llama, data, held, a, seconds: float, core: list[int] | None, l
         if time.time() - said > 60:
             said = time.time()
             v, same = held_out(model, held, core)
-            log(f"{done:6.0f}s step {step} loss {ema:.3f} kl {kl.item():.3f} held-out {v:.3f} core top-1 agreement {same:.3f}")
+            log(
+                f"{done:6.0f}s step {step} loss {ema:.3f} kl {kl.item():.3f} held-out {v:.3f} core top-1 agreement {same:.3f}"
+            )
         if time.time() - saved > a.save_every:
             saved = time.time()
             save(opts=[o.state_dict() for o in opts], done=done, step=step)
     v, same = held_out(model, held, core)
-    log(f"stage over: step {step} held-out {v:.4f} core top-1 agreement {same:.4f} tokens {step * rows * CONTEXT}")
+    log(
+        f"stage over: step {step} held-out {v:.4f} core top-1 agreement {same:.4f} tokens {step * rows * CONTEXT}"
+    )
 
 
 # ---------------------------------------------------------------- export
@@ -255,7 +261,11 @@ def export(model: Llama, out: Path) -> None:
         for name, p in layer.named_parameters():
             part = "" if "norm" in name else "self_attn." if name[0] in "qkvo" else "mlp."
             tensors[f"model.layers.{i}.{part}{name}"] = p
-    save_file({k: v.detach().to(torch.bfloat16).contiguous() for k, v in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.detach().to(torch.bfloat16).contiguous() for k, v in tensors.items()},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
     (out / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": s.hidden, "intermediate_size": s.mlp, "num_hidden_layers": len(model.layers),
@@ -314,7 +324,9 @@ def main() -> None:
             model = Llama(shape, a.layers)
         model.load_state_dict(state["model"])
     compiled = (lambda: [layer.compile() for layer in model.layers]) if a.compile else (lambda: None)
-    log(f"train tokens {len(data)} held-out {len(held)} parameters {sum(q.numel() for q in model.parameters())} {vars(a)}")
+    log(
+        f"train tokens {len(data)} held-out {len(held)} parameters {sum(q.numel() for q in model.parameters())} {vars(a)}"
+    )
     if stage == "core":
         compiled()
         train(model, data, held, a, a.core_minutes * 60, None, log, state, save)

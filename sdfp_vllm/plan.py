@@ -150,7 +150,9 @@ class SkipPlan(_Strict):
             if kept != sorted(set(kept)):
                 raise ValueError(f"{name} must ascend without repeats, got {kept}")
             if kept and kept[-1] >= n:
-                raise ValueError(f"{name} names layer {kept[-1]}, but the model has {n} layers (0 to {n - 1})")
+                raise ValueError(
+                    f"{name} names layer {kept[-1]}, but the model has {n} layers (0 to {n - 1})"
+                )
         if self.scores and [s.layer for s in self.scores] != list(range(n)):
             raise ValueError(f"scores must list layers 0 to {n - 1} once each, in order")
         return self
@@ -176,7 +178,9 @@ class SkipPlan(_Strict):
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
             raise PlanError(
-                str(path), f"cannot be written ({e.strerror or e})", "Free space or choose another folder with -o."
+                str(path),
+                f"cannot be written ({e.strerror or e})",
+                "Free space or choose another folder with -o.",
             ) from e
         return path
 
@@ -199,7 +203,9 @@ def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan
             raise PlanError(str(path), f"is larger than {MAX_PLAN_BYTES >> 20} MiB", again)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise PlanError(str(path), "no such plan", "Make it with `sdfp plan MODEL -o FOLDER`, or correct the path.") from e
+        raise PlanError(
+            str(path), "no such plan", "Make it with `sdfp plan MODEL -o FOLDER`, or correct the path."
+        ) from e
     except (OSError, UnicodeDecodeError, ValueError) as e:
         if isinstance(e, PlanError):
             raise

@@ -59,7 +59,11 @@ def _add_flags(parser: Any) -> None:
         )
     if "--num-speculative-tokens" not in known:
         group.add_argument(
-            "--num-speculative-tokens", dest="spec_tokens", type=int, default=None, help="Draft tokens a round."
+            "--num-speculative-tokens",
+            dest="spec_tokens",
+            type=int,
+            default=None,
+            help="Draft tokens a round.",
         )
     method = known.get("--spec-method")
     if method is not None and method.choices is not None and METHOD not in method.choices:

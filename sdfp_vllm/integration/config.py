@@ -142,8 +142,12 @@ def draft_tokens(plan: SkipPlan, asked: Any) -> int:
         return plan.num_speculative_tokens
     where = "num_speculative_tokens"
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise SdfpError(where, f"must be a whole number of at least 1, got {asked!r}", "Leave it out to use the plan's.")
-    known = max((len(c.acceptance) for c in plan.curve if c.kept_layers == plan.kept_layers), default=MAX_DRAFT_TOKENS)
+        raise SdfpError(
+            where, f"must be a whole number of at least 1, got {asked!r}", "Leave it out to use the plan's."
+        )
+    known = max(
+        (len(c.acceptance) for c in plan.curve if c.kept_layers == plan.kept_layers), default=MAX_DRAFT_TOKENS
+    )
     if asked > known:
         raise SdfpError(
             where,

@@ -15,7 +15,6 @@ try:
     from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
     from vllm.config.speculative import SpeculativeConfig
     from vllm.config.utils import config
-    from vllm.distributed.parallel_state import get_pp_group
     from vllm.engine.arg_utils import EngineArgs
     from vllm.forward_context import set_forward_context
     from vllm.logger import init_logger
@@ -51,7 +50,6 @@ __all__ = [
     "current_platform",
     "eagle_step_update_slot_mapping_and_metadata",
     "get_layers_from_vllm_config",
-    "get_pp_group",
     "init_logger",
     "set_forward_context",
     "set_model_tag",

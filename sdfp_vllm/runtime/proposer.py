@@ -70,7 +70,9 @@ class SdfpProposer(DraftModelProposer):
                 )
             names = attention_names(layers[i])
             if not names:
-                raise SdfpError(f"decoder layer {i}", "has no attention with a paged KV cache", "Serve without SDFP.")
+                raise SdfpError(
+                    f"decoder layer {i}", "has no attention with a paged KV cache", "Serve without SDFP."
+                )
             for name in names:
                 if getattr(attention[name], "kv_sharing_target_layer_name", None) is not None:
                     raise SdfpError(
@@ -97,7 +99,9 @@ class SdfpProposer(DraftModelProposer):
         attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         groups: dict[tuple, AttentionGroup] = {}
         for gid, group in enumerate(kv_cache_config.kv_cache_groups):
-            block_size = kernel_block_sizes[gid] if kernel_block_sizes and gid < len(kernel_block_sizes) else None
+            block_size = (
+                kernel_block_sizes[gid] if kernel_block_sizes and gid < len(kernel_block_sizes) else None
+            )
             # Sorted, so that every tensor-parallel rank builds the same groups in the same order.
             for name in sorted(self._draft_attn_layer_names & set(group.layer_names)):
                 spec = group.kv_cache_spec
@@ -109,7 +113,9 @@ class SdfpProposer(DraftModelProposer):
                     groups[key].layer_names.append(name)
                     continue
                 groups[key] = AttentionGroup(backend, [name], spec, gid)
-                groups[key].create_metadata_builders(self.vllm_config, self.device, kernel_block_size=block_size)
+                groups[key].create_metadata_builders(
+                    self.vllm_config, self.device, kernel_block_size=block_size
+                )
         self.draft_attn_groups = list(groups.values())
         self.kv_cache_gid = self.draft_attn_groups[0].kv_cache_group_id
         self.block_size = self.draft_attn_groups[0].kv_cache_spec.block_size
@@ -117,7 +123,8 @@ class SdfpProposer(DraftModelProposer):
         for g in self.draft_attn_groups:
             self._by_gid[g.kv_cache_group_id].append(g)
         self._slots = {
-            gid: torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device) for gid in self._by_gid
+            gid: torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
+            for gid in self._by_gid
         }
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
@@ -189,7 +196,9 @@ class SdfpProposer(DraftModelProposer):
                 name: built
                 for gid, cad in groups.items()
                 for group in self._by_gid[gid]
-                for built in [group.build_metadata_for_drafting(common_attn_metadata=cad, draft_index=step + 1)]
+                for built in [
+                    group.build_metadata_for_drafting(common_attn_metadata=cad, draft_index=step + 1)
+                ]
                 for name in group.layer_names
             }
             self.input_ids[:batch] = tokens

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from engines import engine, tokens, write_plan
+
+import sdfp_vllm.demo
+
+DEMO_MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def target() -> Path:
+    """The embedded demo target as trained: 16 layers, not cost-scaled."""
+    return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def kept(target: Path) -> list[int]:
+    """A keep set whose drafts are often right and often wrong: both paths get used."""
+    from sdfp_vllm.fingerprint import fingerprint
+
+    last = fingerprint(target).num_layers - 1
+    return [0, last // 3, last]
+
+
+@pytest.fixture(scope="session")
+def plan(target: Path, kept: list[int], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_plan(target, tmp_path_factory.mktemp("plan"), kept, k=3)
+
+
+@pytest.fixture(scope="session")
+def prompts(target: Path) -> list[list[int]]:
+    """64 prompts of 1 to 200 tokens of Python source."""
+    import inspect
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    source = "".join(inspect.getsource(m) for m in (random, inspect))
+    ids = tokenizer.encode(source)
+    rng = random.Random(0)
+    return [
+        ids[start : start + length]
+        for start, length in ((rng.randrange(len(ids) - 200), rng.randint(1, 200)) for _ in range(64))
+    ]
+
+
+@pytest.fixture(scope="session")
+def plain_tokens(target: Path, prompts: list[list[int]]) -> list[list[list[int]]]:
+    """Plain vLLM's greedy answers to `prompts`: 32 tokens each."""
+    with engine(target) as llm:
+        return tokens(llm, prompts)

@@ -1,0 +1,100 @@
+"""Real vLLM engines for tests: started in this process, eager and small unless a test asks otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from sdfp_vllm.fingerprint import fingerprint
+from sdfp_vllm.plan import Candidate, Prediction, Provenance, SkipPlan
+
+BASE: dict[str, Any] = dict(
+    dtype="float32",
+    max_model_len=512,
+    max_num_seqs=8,
+    enforce_eager=True,
+    disable_log_stats=False,
+    distributed_executor_backend="uni",
+    kv_cache_memory_bytes=256 << 20,
+)
+
+
+def write_plan(model: Path, folder: Path, kept: Sequence[int], k: int, **changes: Any) -> str:
+    """Writes a plan by hand that knows acceptance up to 8 draft tokens; returns its folder."""
+    plan = SkipPlan(
+        model=str(model),
+        fingerprint=fingerprint(model),
+        kept_layers=list(kept),
+        num_speculative_tokens=k,
+        worthwhile=True,
+        prediction=Prediction(acceptance_rate=0.5, mean_accepted_length=2.0, speedup=1.1),
+        scores=[],
+        curve=[Candidate(kept_layers=list(kept), acceptance=[0.5] * 8, speedup=[1.0] * 9)],
+        made=Provenance(
+            calibration="by hand",
+            calibration_tokens=0,
+            seed=0,
+            selector="by hand",
+            created=str(date.today()),
+            sdfp_version="test",
+            torch_version="test",
+            transformers_version="test",
+        ),
+    )
+    plan.model_copy(update=changes).save(folder)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def engine(model: Path | str, speculative: dict[str, Any] | None = None, **overrides: Any) -> Iterator[Any]:
+    """Yields a running `LLM` and takes it down completely."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    settings = {**BASE, **overrides}
+    if speculative is not None:
+        settings["speculative_config"] = speculative
+    llm = LLM(str(model), **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def tokens(
+    llm: Any, prompts: Sequence[Any], batch: int | None = None, **params: Any
+) -> list[list[list[int]]]:
+    """Generates greedily unless told otherwise; returns [prompt][sequence] token ids, `batch` prompts at a time."""
+    from vllm import SamplingParams
+
+    settings: dict[str, Any] = dict(temperature=0.0, max_tokens=32, ignore_eos=True, seed=None)
+    sampling = SamplingParams(**{**settings, **params})
+    out: list[list[list[int]]] = []
+    step = batch or len(prompts)
+    for i in range(0, len(prompts), step):
+        chunk = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts[i : i + step]]
+        for request in llm.generate(chunk, sampling, use_tqdm=False):
+            out.append([list(o.token_ids) for o in request.outputs])
+    return out
+
+
+def spec_counters(llm: Any) -> dict[str, Any]:
+    """vLLM's own speculative-decoding counters of this engine so far, by short name."""
+    prefix = "vllm:spec_decode_"
+    return {
+        m.name.removeprefix(prefix): getattr(m, "values", None) or getattr(m, "value", 0)
+        for m in llm.get_metrics()
+        if m.name.startswith(prefix)
+    }
+
+
+def runner(llm: Any) -> Any:
+    """The V1 model runner of an in-process engine."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner

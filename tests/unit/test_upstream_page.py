@@ -1,0 +1,44 @@
+"""docs/upstream.md lists what the code imports, and vLLM is imported nowhere else."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sdfp_vllm"
+
+
+def vllm_imports(path: Path) -> list[tuple[str, str]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+            found += [(node.module or "", a.name) for a in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(a.name, a.name) for a in node.names if a.name.split(".")[0] == "vllm"]
+    return found
+
+
+def test_internals_are_imported_in_the_integration_package_only():
+    for path in PACKAGE.rglob("*.py"):
+        if "integration" in path.parts:
+            continue
+        for module, name in vllm_imports(path):
+            # The public interface (LLM, SamplingParams, the version, documented settings) may be used anywhere.
+            assert module in ("vllm", "vllm.envs"), f"{path}: {module}.{name}"
+
+
+def test_every_symbol_is_on_the_page():
+    page = (ROOT / "docs" / "upstream.md").read_text()
+    for path in (PACKAGE / "integration").glob("*.py"):
+        for module, name in vllm_imports(path):
+            shown = name if name[0] != "_" and name != module else module
+            assert f"`{shown}`" in page or shown in page, f"{shown} ({path.name}) is not in docs/upstream.md"
+
+
+def test_transformers_imports_from_the_repository_root():
+    """A top-level package named `kernels` here would shadow the one transformers probes for."""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", "import transformers, sdfp_vllm"], cwd=ROOT, check=True)
