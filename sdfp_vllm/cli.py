@@ -1,0 +1,146 @@
+"""The `sdfp` command. Everything heavy is imported inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sdfp_vllm.errors import SdfpError
+
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+class _Commands(TyperGroup):
+    """Turns a refusal into one red line and exit code 2, and Ctrl-C into 130; no traceback for either."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SdfpError as e:
+            typer.secho(f"Error: {e}", fg="red", err=True)
+            raise typer.Exit(2) from e
+        except KeyboardInterrupt as e:
+            hint = " `--resume` goes on from here." if ctx.invoked_subcommand == "plan" else ""
+            typer.secho(f"Interrupted.{hint}", fg="red", err=True)
+            raise typer.Exit(INTERRUPTED) from e
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Faster decoding in vLLM from the model you already serve.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `sdfp COMMAND` the form of every call."""
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its Hugging Face id.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text file, .jsonl or dataset; without it, the Python standard library's sources."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Text field of a .jsonl file or dataset.")] = "text",
+    sequences: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 8,
+    length: Annotated[int, typer.Option(min=16, help="Tokens in each window.")] = 256,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Keep this many layers (default: searched).")
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Draft this many tokens a round (default: searched).")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
+    ] = "auto",
+    score_form: Annotated[str, typer.Option(help="FIT score: trace or diagonal.")] = "trace",
+    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with Fisher scores that were interrupted.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Output folder (default: where the engine looks by itself)."),
+    ] = None,
+) -> None:
+    """Finds which layers of MODEL draft best on this machine, and writes the plan."""
+    from rich.console import Console
+
+    from sdfp_vllm.fit.job import make_plan
+    from sdfp_vllm.plan import PLAN_FILE, default_plan_dir
+    from sdfp_vllm.report import summary
+
+    made = make_plan(
+        model,
+        out=out,
+        console=Console(stderr=True),
+        calibration=calibration,
+        field=field,
+        sequences=sequences,
+        length=length,
+        layers=layers,
+        draft_tokens=draft_tokens,
+        dtype=dtype,
+        score_form=score_form,
+        seed=seed,
+        resume=resume,
+    )
+    # soft_wrap: a path or a command broken over lines cannot be copied.
+    Console().print(summary(made, (out or default_plan_dir(made.fingerprint)) / PLAN_FILE), soft_wrap=True)
+
+
+@app.command()
+def show(
+    plan: Annotated[
+        str, typer.Argument(help="Plan folder, plan.json, or a model with a plan in the default place.")
+    ],
+    png: Annotated[Path | None, typer.Option(help="Draw scores and search into this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
+) -> None:
+    """Shows a plan: the layers' scores, the search, and how it was made."""
+    from rich.console import Console
+
+    from sdfp_vllm.plan import load_plan
+    from sdfp_vllm.report import draw_html, draw_png, tables
+
+    loaded = load_plan(_plan_path(plan))
+    Console().print(tables(loaded))
+    for path, draw in ((png, draw_png), (html, draw_html)):
+        if path:
+            draw(loaded, path)
+            typer.echo(f"Wrote {path}")
+
+
+def _plan_path(plan: str) -> Path:
+    """A plan's own path; or, given a model, its plan in the default place."""
+    from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
+    from sdfp_vllm.plan import PLAN_FILE, default_plan_dir
+
+    path = Path(plan)
+    if path.is_file() or (path / PLAN_FILE).is_file():
+        return path
+    if path.is_dir() and not (path / "config.json").is_file():
+        return path  # neither: load_plan names the missing file
+    try:
+        return default_plan_dir(fingerprint(resolve_model_dir(plan)))
+    except SdfpError as e:
+        raise SdfpError(
+            plan, "neither a plan nor a model", "Give a plan folder, a plan.json, or a model's folder or id."
+        ) from e
+
+
+def main() -> None:
+    """Entry point of the `sdfp` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

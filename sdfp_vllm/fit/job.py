@@ -1,0 +1,216 @@
+"""The offline job behind `sdfp plan`: model in, plan out."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from sdfp_vllm import __version__
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
+from sdfp_vllm.fit.calibration import Calibration, load_calibration
+from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
+from sdfp_vllm.fit.fisher import fisher_scores
+from sdfp_vllm.fit.progress import Stages, stages
+from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
+from sdfp_vllm.fit.search import MAX_TRIED, Choice, candidate_sizes, check_request, search
+from sdfp_vllm.fit.stack import DecoderStack, load_target
+from sdfp_vllm.plan import LayerScore, Provenance, SkipPlan, default_plan_dir
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHECKPOINT = ".fisher-partial.pt"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user can ask of the job; the defaults plan a 0.3B model on two CPU cores in about 100 s.
+
+    Attributes:
+        calibration, field: Source of calibration text (None: the built-in sample) and its text field.
+        sequences, length: Windows scored for the Fisher trace, and tokens in each.
+        text_sequences, prompt, new_tokens: Texts that the target writes to try drafts on, each
+            from a prompt of `prompt` calibration tokens.
+        layers, draft_tokens: Fix the number of kept layers or the draft length.
+        score_form: "trace" or "diagonal".
+    """
+
+    calibration: str | None = None
+    field: str = "text"
+    sequences: int = 8
+    length: int = 256
+    text_sequences: int = 16  # from 16 rows on, a CPU's matrix product costs little more than at one
+    prompt: int = 64
+    new_tokens: int = 64
+    seed: int = 0
+    layers: int | None = None
+    draft_tokens: int | None = None
+    dtype: str = "auto"
+    score_form: str = "trace"
+    resume: bool = False
+
+
+def make_plan(
+    model: str, *, out: Path | None = None, console: Console | None = None, **requests: Any
+) -> SkipPlan:
+    """Makes the plan of `model` and saves it.
+
+    Interrupted, it leaves no plan, only the finished part of the Fisher scores in the output
+    folder, from which `resume` goes on.
+
+    Args:
+        model: A folder or a Hugging Face id.
+        out: Output folder; None for the default place, where the engine looks by itself.
+        console: Where progress is shown; None shows none.
+        requests: Fields of PlanOptions.
+
+    Raises:
+        SdfpError: On any request that cannot be met, before the model is loaded where possible.
+    """
+    options = PlanOptions(**requests)
+    _check(options)
+    model_dir = resolve_model_dir(model)
+    identity = fingerprint(model_dir)
+    check_request(identity.num_layers, options.layers, options.draft_tokens)
+    folder = _writable(out or default_plan_dir(identity))
+    tokenizer = _tokenizer(model_dir)
+    # Text first: its errors are the user's to mend, and loading the weights may take minutes.
+    calibration = _calibration(options, tokenizer, options.sequences, options.length, options.seed)
+    # Drafts are tried on other text than the layers were scored on.
+    prompts = _calibration(options, tokenizer, options.text_sequences, options.prompt, options.seed + 1)
+    with stages(console) as bar:
+        with bar.step("Loading the model", 1):
+            transformers.utils.logging.disable_progress_bar()  # ours shows the stages
+            stack = DecoderStack(load_target(model_dir, _DTYPES[options.dtype], _device()))
+        scores = _scores(stack, calibration.ids, identity, folder, options, bar)
+        choice, cost = _choose(stack, prompts.ids, scores, options, bar)
+    plan = SkipPlan(
+        model=model,
+        fingerprint=identity,
+        kept_layers=choice.kept_layers,
+        num_speculative_tokens=choice.draft_tokens,
+        draft_tokens_by_batch=choice.by_batch,
+        worthwhile=choice.worthwhile,
+        prediction=choice.prediction,
+        scores=scores,
+        curve=choice.curve,
+        cost=cost.model(),
+        made=_provenance(calibration, options),
+    )
+    plan.save(folder)
+    (folder / _CHECKPOINT).unlink(missing_ok=True)
+    return plan
+
+
+def _calibration(options: PlanOptions, tokenizer, sequences: int, length: int, seed: int) -> Calibration:
+    return load_calibration(
+        options.calibration, tokenizer, sequences=sequences, length=length, seed=seed, field=options.field
+    )
+
+
+def _scores(
+    stack: DecoderStack, ids: Tensor, identity: Fingerprint, folder: Path, options: PlanOptions, bar: Stages
+) -> list[LayerScore]:
+    with bar.step("Fisher traces", len(ids)) as advance:
+        return fisher_scores(
+            stack,
+            ids,
+            advance=advance,
+            checkpoint=folder / _CHECKPOINT,
+            resume=options.resume,
+            identity=f"{identity.sha256} {options.seed}",
+        )
+
+
+def _choose(
+    stack: DecoderStack, prompts: Tensor, scores: list[LayerScore], options: PlanOptions, bar: Stages
+) -> tuple[Choice, MeasuredCost]:
+    with bar.step("Target's own text", options.new_tokens) as advance:
+        text = greedy_continuations(stack, prompts, options.new_tokens, advance)
+    with bar.step("Costs on this machine", 1):
+        cost = measure_cost(stack, max_rows=(options.draft_tokens or MAX_TRIED) + 1)
+    sizes = 1 if options.layers else len(candidate_sizes(stack.num_layers))
+    with bar.step("Trying drafts", len(prompts) + sizes) as advance:
+        rollout = DraftRollout(stack, text, advance)
+        choice = search(
+            rollout,
+            scores,
+            cost,
+            form=options.score_form,
+            layers=options.layers,
+            draft_tokens=options.draft_tokens,
+            advance=lambda news: advance(1, f"Trying drafts ({news})"),
+        )
+    return choice, cost
+
+
+def _check(options: PlanOptions) -> None:
+    if options.dtype not in _DTYPES:
+        raise SdfpError("--dtype", f"{options.dtype!r} is not known", f"Use one of {', '.join(_DTYPES)}.")
+    if options.score_form not in ("trace", "diagonal"):
+        raise SdfpError("--score-form", f"{options.score_form!r} is not known", "Use trace or diagonal.")
+
+
+def _writable(folder: Path) -> Path:
+    """Makes the output folder and tries to write in it, so that no minutes are lost to a wrong path."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise SdfpError(
+            f"output folder {folder}",
+            f"cannot be written ({e.strerror or e})",
+            "Choose another folder with -o.",
+        ) from e
+    return folder
+
+
+def _tokenizer(model_dir: Path):
+    try:
+        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    except Exception as e:  # every tokenizer library has its own exceptions
+        raise SdfpError(
+            f"model {model_dir}",
+            f"has no tokenizer that can be loaded ({type(e).__name__}: {e})",
+            "Save the tokenizer in the model's folder.",
+        ) from e
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _provenance(calibration: Calibration, options: PlanOptions) -> Provenance:
+    return Provenance(
+        calibration=calibration.description,
+        calibration_tokens=calibration.tokens,
+        seed=options.seed,
+        selector=f"fit-{options.score_form}",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        sdfp_version=__version__,
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+        git_sha=_git_sha(),
+    )
+
+
+def _git_sha() -> str | None:
+    """The commit of the source tree that this package runs from, if it is one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

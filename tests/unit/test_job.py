@@ -1,0 +1,163 @@
+"""The whole offline job on a tiny model saved to disk, through the command a user types."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from sdfp_vllm.cli import app
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fingerprint import fingerprint
+from sdfp_vllm.fit.job import make_plan
+from sdfp_vllm.plan import default_plan_dir, load_plan
+
+TEXT = "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n"
+SMALL = ["--sequences", "3", "--length", "32"]
+
+
+def save_tiny(folder: Path) -> Path:
+    """A random Llama whose middle layers are idle, with a byte-level tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    model = tiny_model("llama", vocab_size=300, eos_token_id=None, max_position_embeddings=256)
+    with torch.no_grad():
+        for layer in model.model.layers[1:3]:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", name="model")
+def _model(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", name="text")
+def _text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT * 600)
+    return path
+
+
+@pytest.fixture(name="sdfp")
+def _sdfp(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDFP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *args: CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_plan_then_show_in_the_default_place(sdfp, model, text, tmp_path):
+    made = sdfp("plan", model, "--calibration", text, *SMALL)
+    assert made.exit_code == 0, made.output
+    folder = default_plan_dir(fingerprint(model))
+    plan = load_plan(folder, expected=fingerprint(model))
+    assert str(folder / "plan.json") in made.output
+    assert f"vllm serve {model} --speculative-model sdfp" in made.output
+    assert [f.name for f in folder.iterdir()] == ["plan.json"]
+    assert len(plan.scores) == 4 and plan.curve and plan.cost
+    assert plan.kept_layers in [c.kept_layers for c in plan.curve]
+    assert plan.made.calibration.startswith(str(text)) and plan.made.calibration_tokens == 96
+    assert ("Nothing beats plain decoding" in made.output) == (not plan.worthwhile)
+
+    png, html = tmp_path / "plan.png", tmp_path / "plan.html"
+    shown = sdfp("show", model, "--png", png, "--html", html)
+    assert shown.exit_code == 0, shown.output
+    for score in plan.scores:
+        assert f"{score.total.trace_score:.3g}" in shown.output
+    assert f"{plan.prediction.speedup:.2f}x" in shown.output and plan.made.created in shown.output
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
+    page = html.read_text()
+    assert "<svg" in page and str(model) in page
+    assert not re.search(r"(src|href)=|url\(|https?://|<script", page)
+
+
+def test_fixed_numbers_seed_and_folder(sdfp, model, text, tmp_path):
+    fixed = ["--layers", 2, "--draft-tokens", 3, "--seed", 5, "--score-form", "diagonal"]
+    plans = []
+    for name in ("a", "b"):
+        made = sdfp("plan", model, "--calibration", text, *SMALL, *fixed, "-o", tmp_path / name)
+        assert made.exit_code == 0, made.output
+        assert f'"model": "{tmp_path / name}"' in made.output
+        plans.append(load_plan(tmp_path / name / "plan.json"))
+    a, b = plans
+    assert a.kept_layers == b.kept_layers == [0, 3] and a.num_speculative_tokens == 3
+    assert a.scores == b.scores and a.curve[0].acceptance == b.curve[0].acceptance
+    assert a.prediction.mean_accepted_length == b.prediction.mean_accepted_length > 2
+    assert a.made.seed == 5 and a.made.selector == "fit-diagonal"
+
+
+def test_interrupted_leaves_no_plan_and_resume_finishes(model, text, tmp_path):
+    """A real Ctrl-C to a real process, in the middle of the Fisher traces."""
+    out, partial = tmp_path / "out", tmp_path / "out" / ".fisher-partial.pt"
+    command = [
+        sys.executable,
+        "-m",
+        "sdfp_vllm.cli",
+        "plan",
+        str(model),
+        "--calibration",
+        str(text),
+        "-o",
+        str(out),
+    ]
+    command += ["--sequences", "64", "--length", "16"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and not partial.exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 130, errors
+    assert "Traceback" not in errors and "--resume" in errors
+    assert [f.name for f in out.iterdir()] == [partial.name]
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert [f.name for f in out.iterdir()] == ["plan.json"]
+
+
+def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(sdfp, model, text, tmp_path):
+    # A folder that has everything but weights: whatever loads the model first would say so.
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((model / file).read_bytes())
+    (tmp_path / "file").touch()
+    refused = [
+        (["-o", tmp_path / "file" / "out"], "output folder"),
+        (["--layers", 4], "Keep 1 to 3 layers"),
+        (["--draft-tokens", 40], "Draft 1 to 32"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--score-form", "best"], "--score-form"),
+        (["--calibration", tmp_path / "none.txt"], "no such file"),
+    ]
+    for arguments, reason in refused:
+        result = sdfp("plan", tmp_path, "--calibration", text, *arguments)
+        assert result.exit_code == 2 and reason in result.stderr, result.output
+        assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    with pytest.raises(SdfpError, match="cannot be loaded"):
+        make_plan(str(tmp_path), out=tmp_path / "out", calibration=str(text))
+    assert not list(tmp_path.rglob("plan.json"))
+
+
+def test_a_model_without_tokenizer_is_refused_by_name(sdfp, model, tmp_path):
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    result = sdfp("plan", tmp_path)
+    assert result.exit_code == 2 and "no tokenizer" in result.stderr
