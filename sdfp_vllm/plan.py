@@ -118,7 +118,7 @@ class SkipPlan(_Strict):
     where no candidate beat plain decoding on the machine that made the plan.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: str
     fingerprint: Fingerprint
     kept_layers: list[Layer] = Field(min_length=1)

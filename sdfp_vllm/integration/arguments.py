@@ -42,9 +42,12 @@ def patch_arguments() -> None:
 
         return build_config(self, settings, target_model_config, target_parallel_config)
 
-    EngineArgs.add_cli_args = staticmethod(with_sdfp_flags)
-    EngineArgs.create_speculative_config = with_sdfp_config
-    setattr(EngineArgs, _MARK, True)
+    for name, function in (
+        ("add_cli_args", staticmethod(with_sdfp_flags)),
+        ("create_speculative_config", with_sdfp_config),
+        (_MARK, True),
+    ):
+        setattr(EngineArgs, name, function)
 
 
 def _add_flags(parser: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import AttentionLayerBase, VllmConfig, support_torch_compile
 
 
-def decoder_of(target: nn.Module) -> nn.Module:
+def decoder_of(target: Any) -> Any:
     """Returns the module that owns `layers`, `norm` and `embed_input_ids` inside a vLLM causal LM.
 
     Raises:
@@ -20,7 +21,7 @@ def decoder_of(target: nn.Module) -> nn.Module:
     model = target.get_language_model() if hasattr(target, "get_language_model") else target
     inner = getattr(model, "model", None)
     if all(hasattr(inner, name) for name in ("layers", "norm", "embed_input_ids")):
-        return inner  # type: ignore[return-value]
+        return inner
     raise SdfpError(
         f"model {type(target).__name__}",
         "is not a stack of decoder layers SDFP can reach (model.layers, model.norm, model.embed_input_ids)",
@@ -30,7 +31,7 @@ def decoder_of(target: nn.Module) -> nn.Module:
 
 def attention_names(layer: nn.Module) -> list[str]:
     """Names of the attention layers inside a decoder layer, as vLLM's forward context knows them."""
-    return [m.layer_name for m in layer.modules() if isinstance(m, AttentionLayerBase)]
+    return [str(m.layer_name) for m in layer.modules() if isinstance(m, AttentionLayerBase)]
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
@@ -41,20 +42,18 @@ class SkipDraftModel(nn.Module):
     (branch output, residual) pair of the last kept one: no work is left where layers were.
     """
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, prefix: str = "", target: nn.Module, kept_layers: Sequence[int]
-    ):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", target: Any, kept_layers: Sequence[int]):
         super().__init__()
         decoder = decoder_of(target)
         # Plain attributes of registered modules: parameters() lists the target's own tensors.
-        self.decoder_embed = decoder.embed_input_ids
+        self._embed: Callable[[torch.Tensor], torch.Tensor] = decoder.embed_input_ids
         self.kept = nn.ModuleList(decoder.layers[i] for i in kept_layers)
         self.norm = decoder.norm
-        self._head = target.compute_logits
+        self._head: Callable[[torch.Tensor], torch.Tensor] = target.compute_logits
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Maps int32 `input_ids` [T] at int64 `positions` [T] to final hidden states [T, hidden]."""
-        hidden = self.decoder_embed(input_ids)
+        hidden = self._embed(input_ids)
         residual: torch.Tensor | None = None
         for layer in self.kept:
             hidden, residual = layer(positions, hidden, residual)

@@ -45,9 +45,9 @@ class SdfpProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None):
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
         self.runner = runner
-        self.kept_layers: list[int] = vllm_config.speculative_config.kept_layers
+        self.kept_layers: list[int] = vllm_config.speculative_config.kept_layers  # type: ignore[union-attr]
         # Buffers of the base class for hidden states and embeddings that no draft step here reads.
-        self.hidden_states = self.inputs_embeds = None
+        self.hidden_states = self.inputs_embeds = None  # type: ignore[assignment]
         self.is_rejected_token_mask = self.is_masked_token_mask = None
         self._slots: dict[int, torch.Tensor] = {}
 
@@ -59,7 +59,7 @@ class SdfpProposer(DraftModelProposer):
             SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V.
         """
         layers = decoder_of(target_model).layers
-        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
         self._draft_attn_layer_names = set()
         for i in self.kept_layers:
             if i >= len(layers):
@@ -96,7 +96,7 @@ class SdfpProposer(DraftModelProposer):
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
     ) -> None:
         """Makes attention metadata builders for the kept layers, per KV cache group and backend."""
-        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
         groups: dict[tuple, AttentionGroup] = {}
         for gid, group in enumerate(kv_cache_config.kv_cache_groups):
             block_size = (

@@ -170,7 +170,7 @@ def test_missing_plan_says_how_to_make_one(tmp_path):
 
 def test_plan_for_another_model_names_the_differences(folder):
     other = make_plan().fingerprint.model_copy(update={"hidden_size": 9, "sha256": "b" * 64})
-    with pytest.raises(PlanError, match="hidden_size is 8 in the plan but 9.*sha256"):
+    with pytest.raises(PlanError, match=r"hidden_size is 8 in the plan but 9.*sha256"):
         load_plan(folder, expected=other)
 
 
