@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sdfp_vllm.demo.command import demo_command
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.generate import generate_command
 
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
@@ -135,6 +137,10 @@ def _plan_path(plan: str) -> Path:
         raise SdfpError(
             plan, "neither a plan nor a model", "Give a plan folder, a plan.json, or a model's folder or id."
         ) from e
+
+
+app.command("generate")(generate_command)
+app.command("demo")(demo_command)
 
 
 def main() -> None:
