@@ -9,7 +9,7 @@ import copy
 import hashlib
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
@@ -93,6 +93,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
             f"Remove it; the settings are {', '.join(sorted(SETTINGS))}.",
         )
     refuse_unsupported(args, model_config, parallel_config)
+    check_batch_table(settings.get("num_speculative_tokens_per_batch_size"))
     plan, path = find_plan(model_config.model, model_config.revision, settings.get("model"))
     k = draft_tokens(plan, settings.get("num_speculative_tokens"))
     if not plan.worthwhile:
@@ -105,12 +106,41 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     # is accepted more often than its argmax; greedy requests are not affected.
     passed = {"draft_sample_method": "probabilistic", **settings}
     passed.update(method="sdfp", model=path, num_speculative_tokens=k)
-    return SdfpConfig(
-        kept_layers=list(plan.kept_layers),
-        target_model_config=model_config,
-        target_parallel_config=parallel_config,
-        **passed,
-    )
+    try:
+        return SdfpConfig(
+            kept_layers=list(plan.kept_layers),
+            target_model_config=model_config,
+            target_parallel_config=parallel_config,
+            **passed,
+        )
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise SdfpError(
+            f"speculative_config[{name!r}]",
+            f"{first['msg']}, got {first['input']!r}",
+            "Correct it, or leave it out.",
+        ) from e
+
+
+def check_batch_table(table: Any) -> None:
+    """Validates vLLM's table of draft lengths by batch size, which upstream does once weights are loaded.
+
+    Raises:
+        SdfpError: If `table` is given and not a list of (first size, last size, draft tokens) from size 1 on.
+    """
+    if table is None:
+        return
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+    try:
+        validate_and_normalize_dynamic_sd_schedule(table)
+    except (TypeError, ValueError) as e:
+        raise SdfpError(
+            "speculative_config['num_speculative_tokens_per_batch_size']",
+            str(e).rstrip("."),
+            "Give [[first batch size, last batch size, draft tokens], ...], starting at 1.",
+        ) from e
 
 
 def find_plan(model: str, revision: str | None, plan: str | None) -> tuple[SkipPlan, str]:
@@ -121,6 +151,8 @@ def find_plan(model: str, revision: str | None, plan: str | None) -> tuple[SkipP
     """
     target = fingerprint(resolve_model_dir(model, revision))
     if plan is not None:
+        if not isinstance(plan, str):
+            raise SdfpError("speculative_config['model']", f"is {plan!r}", 'Give a plan folder, or "sdfp".')
         return load_plan(plan, expected=target), plan
     folder = default_plan_dir(target)
     if not folder.exists():

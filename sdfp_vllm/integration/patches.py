@@ -15,6 +15,7 @@ def patch_engine() -> None:
     allow_async_scheduling()
     route_draft_model_proposer()
     mend_cpu_expand_kernel()
+    mend_cpu_top_k_of_no_rows()
 
 
 def allow_async_scheduling() -> None:
@@ -79,3 +80,26 @@ def mend_cpu_expand_kernel() -> None:
 
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     rejection_sampler.__dict__[_MARK] = True
+
+
+def mend_cpu_top_k_of_no_rows() -> None:
+    """Lets the CPU platform's top-k take a batch without draft tokens.
+
+    Upstream (0.32.0) runs the rejection sampler's constraints over the draft rows of every step,
+    and on CPU its top-k asks for the largest k of no rows, which raises: with any speculative
+    method, the first step of a request with top_k ends the engine.
+    """
+    if not upstream.current_platform.is_cpu():
+        return
+    from vllm.v1.sample import rejection_sampler
+
+    original = rejection_sampler.apply_top_k_top_p
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def apply_top_k_top_p(logits: Any, k: Any, p: Any) -> Any:
+        return logits if logits.shape[0] == 0 else original(logits, k, p)
+
+    setattr(apply_top_k_top_p, _MARK, True)
+    rejection_sampler.apply_top_k_top_p = apply_top_k_top_p
