@@ -58,11 +58,13 @@ def engine(model: Path | str, speculative: dict[str, Any] | None = None, **overr
     settings = {**BASE, **overrides}
     if speculative is not None:
         settings["speculative_config"] = speculative
-    llm = LLM(str(model), **settings)
+    llm = None
     try:
+        llm = LLM(str(model), **settings)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

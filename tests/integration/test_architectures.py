@@ -20,11 +20,13 @@ pytestmark = pytest.mark.engine
 
 # Attention heads of a size vLLM's CPU kernels take, and blocks with room to cross a sliding window.
 _SIZES = dict(hidden_size=64, intermediate_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+# vLLM takes Qwen's sliding window on all layers or none.
+_NO_WINDOW = dict(use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * 4)
 _CHANGES = {
     "gemma3_text": dict(query_pre_attn_scalar=32, sliding_window=32),
     "mistral": dict(sliding_window=32),
-    "qwen2": dict(sliding_window=32),
-    "qwen3": dict(sliding_window=32),
+    "qwen2": _NO_WINDOW,
+    "qwen3": _NO_WINDOW,
     "qwen3_moe": dict(moe_intermediate_size=64),
 }
 _PROMPTS = [[(11 * i + 7 * j) % 57 + 3 for j in range(n)] for i, n in enumerate((2, 9, 33, 70, 120))]

@@ -23,7 +23,9 @@ def test_draft_is_made_of_the_targets_own_tensors(target, plan, kept, prompts):
         owned = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
         used = {t.untyped_storage().data_ptr() for t in [*draft.parameters(), *draft.buffers()]}
         assert used and used <= owned
-        assert [m is model.model.layers[i] for m, i in zip(draft.kept, kept, strict=True)] == [True] * len(kept)
+        assert [m is model.model.layers[i] for m, i in zip(draft.kept, kept, strict=True)] == [True] * len(
+            kept
+        )
         # Every attention layer of the draft reads and writes the cache tensor of the target's layer.
         context = r.compilation_config.static_forward_context
         assert len(context) == len(model.model.layers), "the draft registered attention layers of its own"

@@ -1,0 +1,139 @@
+"""`vllm serve MODEL --speculative-model sdfp`, as a user starts it, answered to the `openai` client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sdfp_vllm.demo
+from sdfp_vllm.fingerprint import fingerprint
+from sdfp_vllm.plan import default_plan_dir
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+from engines import write_plan
+
+pytestmark = pytest.mark.engine
+
+MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+PROMPT = "import os\n\n\ndef main("
+COMMON = dict(model="demo", prompt=PROMPT, max_tokens=48, temperature=0.0)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(log: Path, cache: Path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """Starts the server by its console script and waits until it answers; returns it and its URL."""
+    port = free_port()
+    command = [
+        str(Path(sys.executable).parent / "vllm"), "serve", str(MODEL), "--served-model-name", "demo",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
+        "--enforce-eager", *flags,
+    ]  # fmt: skip
+    env = {**os.environ, "SDFP_CACHE_DIR": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as f:
+        server = subprocess.Popen(command, env=env, stdout=f, stderr=f, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        if server.poll() is not None:
+            raise RuntimeError(log.read_text()[-4000:])
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+            return server, url
+        except OSError:
+            time.sleep(1)
+    raise RuntimeError("the server did not come up:\n" + log.read_text()[-4000:])
+
+
+def stop(server: subprocess.Popen) -> None:
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def server(cache, tmp_path_factory) -> Iterator[str]:
+    target = fingerprint(MODEL)
+    os.environ["SDFP_CACHE_DIR"] = str(cache)
+    folder = default_plan_dir(target)
+    del os.environ["SDFP_CACHE_DIR"]
+    write_plan(MODEL, folder, [0, target.num_layers - 1], k=3)
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    process, url = start(log, cache, "--speculative-model", "sdfp", "--num-speculative-tokens", "4")
+    yield url
+    stop(process)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{server}/v1", api_key="none")
+
+
+@pytest.fixture(scope="module")
+def plain() -> str:
+    from engines import engine
+    from vllm import SamplingParams
+
+    with engine(MODEL) as llm:
+        out = llm.generate(PROMPT, SamplingParams(max_tokens=48, temperature=0.0), use_tqdm=False)
+        return out[0].outputs[0].text
+
+
+def test_completion_equals_plain_vllm(client, plain):
+    assert client.completions.create(**COMMON).choices[0].text == plain
+
+
+def test_streaming_gives_the_same_text_in_pieces(client, plain):
+    pieces = [c.choices[0].text for c in client.completions.create(**COMMON, stream=True) if c.choices]
+    assert "".join(pieces) == plain
+    assert len(pieces) > 3
+
+
+def test_concurrent_streams(client, plain):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def stream(_):
+        return "".join(
+            c.choices[0].text for c in client.completions.create(**COMMON, stream=True) if c.choices
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(stream, range(12))) == [plain] * 12
+
+
+def test_metrics_are_vllms_own(client, server):
+    client.completions.create(**COMMON)
+    text = urllib.request.urlopen(f"{server}/metrics").read().decode()
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        value = re.search(rf"^vllm:spec_decode_{name}_total\{{.*\}} (\S+)$", text, re.M)
+        assert value and float(value[1]) > 0, name
+    assert 'position="3"' in text, "--num-speculative-tokens 4 did not arrive"
+
+
+def test_no_plan_is_a_clear_start_up_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"has no plan yet.*sdfp plan"):
+        process, _ = start(tmp_path / "log", tmp_path / "empty", "--speculative-model", "sdfp")
+        stop(process)
