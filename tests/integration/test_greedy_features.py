@@ -183,7 +183,7 @@ def joining_at_random_steps(llm, prompts):
         llm,
         [
             Arrival(f"r{i}", p, rng.randrange(40), None, {"max_tokens": rng.randint(1, 40)})
-            for i, p in enumerate(prompts[:30])
+            for i, p in enumerate(prompts[:20])
         ],
     )
 
@@ -260,8 +260,10 @@ def test_logprobs_and_prompt_logprobs(llm, plain, prompts):
 
 def test_logit_bias_and_min_p_are_refused_by_vllm_per_request(llm, prompts):
     """Upstream's limit with any speculation; the engine goes on serving the others."""
+    from vllm.exceptions import VLLMValidationError
+
     for params in ({"logit_bias": {5: 4.0}}, {"min_p": 0.2, "temperature": 1.0}):
-        with pytest.raises(ValueError, match="not yet supported with speculative decoding"):
+        with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
             tokens(llm, prompts[:1], **params)
     assert len(tokens(llm, prompts[:1])[0][0]) == 32
 
@@ -280,15 +282,17 @@ def test_draft_length_by_batch_size(target, plan, prompts, plain_tokens, table):
         "num_speculative_tokens": 3,
         "num_speculative_tokens_per_batch_size": table,
     }
+    drafted = {}
     with engine(target, speculative) as llm:
-        drafted = []
-        for batch in (1, 2, 4, 8, 16):
+        for batch in (1, 4, 8, 16):
             before = spec_counters(llm)["num_draft_tokens"]
             assert tokens(llm, prompts[:16], batch=batch) == plain_tokens[:16]
-            drafted.append(spec_counters(llm)["num_draft_tokens"] - before)
-    k_alone = table[0][2]
-    assert (drafted[0] > 0) == (k_alone > 0)
-    assert drafted[1] > 0
+            drafted[batch] = spec_counters(llm)["num_draft_tokens"] - before
+    if table[-1][2] == 0:  # eight requests at a time are never drafted for
+        assert drafted[8] < drafted[1] / 4
+    else:
+        assert drafted[1] == 0 < drafted[8]
+    assert drafted[4] > 0
 
 
 def test_asynchronous_scheduling_asked_for(target, plan, prompts, plain_tokens):
