@@ -33,6 +33,7 @@ import psutil
 
 SEATS = 8
 MAX_MODEL_LEN = 384
+KV_MIB = 24  # small, so that a burst also throws requests out, and its pages are all touched early
 FLAT_MIB = 48  # memory may grow by this between the first third and the end
 NONSENSE: list[tuple[str, Any]] = [
     ("not JSON", "{"),
@@ -77,7 +78,7 @@ def serve(model: Path, *flags: str, start_seconds: float = 300) -> Iterator[Serv
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "target"]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(SEATS)]
-    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20), *flags]
+    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(KV_MIB << 20), *flags]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
