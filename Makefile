@@ -11,11 +11,12 @@ DEVICE ?= cpu
 demo: $(READY)
 	$(VENV)/bin/sdfp demo
 
+# Two workers, a file of tests each: engines are single-threaded in tests.
 test: $(READY)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

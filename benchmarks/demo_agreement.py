@@ -59,11 +59,15 @@ def main() -> None:
             same = (stack.logits(held_out, keep).argmax(-1) == full.argmax(-1)).float().mean().item()
             accepted = rollout.run(keep, 1).rounds(1).acceptance[0]
             rows.append(dict(score=form, kept=keep, size=size, held_out=same, own_text=accepted))
-    table = Table(title=f"Top-1 agreement of kept layers with all {stack.num_layers}; held-out loss {loss:.3f}")
+    table = Table(
+        title=f"Top-1 agreement of kept layers with all {stack.num_layers}; held-out loss {loss:.3f}"
+    )
     for name in ("score", "layers", "kept", "held-out text", "own greedy text"):
         table.add_column(name)
     for r in rows:
-        table.add_row(r["score"], str(r["size"]), str(r["kept"]), f"{r['held_out']:.3f}", f"{r['own_text']:.3f}")
+        table.add_row(
+            r["score"], str(r["size"]), str(r["kept"]), f"{r['held_out']:.3f}", f"{r['own_text']:.3f}"
+        )
     Console(width=110).print(table)
     sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     RESULT.write_text(

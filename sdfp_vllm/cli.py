@@ -79,6 +79,7 @@ def plan(
     from sdfp_vllm.fit.job import make_plan
     from sdfp_vllm.plan import PLAN_FILE, default_plan_dir
     from sdfp_vllm.report import summary
+    from sdfp_vllm.terminal import console
 
     made = make_plan(
         model,
@@ -96,7 +97,7 @@ def plan(
         resume=resume,
     )
     # soft_wrap: a path or a command broken over lines cannot be copied.
-    Console().print(summary(made, (out or default_plan_dir(made.fingerprint)) / PLAN_FILE), soft_wrap=True)
+    console().print(summary(made, (out or default_plan_dir(made.fingerprint)) / PLAN_FILE), soft_wrap=True)
 
 
 @app.command()
@@ -108,13 +109,12 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
 ) -> None:
     """Shows a plan: the layers' scores, the search, and how it was made."""
-    from rich.console import Console
-
     from sdfp_vllm.plan import load_plan
     from sdfp_vllm.report import draw_html, draw_png, tables
+    from sdfp_vllm.terminal import console
 
     loaded = load_plan(_plan_path(plan))
-    Console().print(tables(loaded))
+    console().print(tables(loaded))
     for path, draw in ((png, draw_png), (html, draw_html)):
         if path:
             draw(loaded, path)

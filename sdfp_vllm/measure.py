@@ -26,7 +26,13 @@ _WARM_UP_TOKENS = 16
 _LOG_LINES = 25
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 0.2
-_SETTINGS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+# The engine core runs in the measured process: one process that computes, none that polls for it.
+_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_ENGINE = {"distributed_executor_backend": "uni"}
 
 
 class EngineSpec(BaseModel):
@@ -213,6 +219,8 @@ def measure(spec: EngineSpec, ready: Callable[[], None] = lambda: None) -> Measu
     import vllm
     from vllm import LLM, SamplingParams
 
+    from sdfp_vllm.integration.kv_space import kv_bytes_per_token
+
     began = time.perf_counter()
     llm = LLM(
         spec.model,
@@ -220,7 +228,7 @@ def measure(spec: EngineSpec, ready: Callable[[], None] = lambda: None) -> Measu
         seed=spec.seed,
         speculative_config=spec.speculative,
         disable_log_stats=False,
-        **spec.engine,
+        **(_ENGINE | spec.engine),
     )
     start_seconds = time.perf_counter() - began
 
@@ -252,7 +260,7 @@ def measure(spec: EngineSpec, ready: Callable[[], None] = lambda: None) -> Measu
         draft_tokens=sum(counted["num_draft_tokens"]),
         accepted_tokens=sum(counted["num_accepted_tokens"]),
         accepted_per_position=counted["num_accepted_tokens_per_pos"],
-        kv_bytes_per_token=_kv_bytes_per_token(llm),
+        kv_bytes_per_token=kv_bytes_per_token(llm),
         vllm_version=vllm.__version__,
     )
 
@@ -266,20 +274,6 @@ def _draft_counters(llm: Any) -> dict[str, list[int]]:
         if name in found:
             found[name] = list(metric.values) if hasattr(metric, "values") else [int(metric.value)]
     return found
-
-
-def _kv_bytes_per_token(llm: Any) -> float | None:
-    """KV cache the engine spends per token, drafts included: the space it was given over the tokens that fit.
-
-    Known on the CPU only, where the space is a setting.
-    """
-    import vllm.envs as envs
-    from vllm.platforms import current_platform
-
-    cache = llm.llm_engine.vllm_config.cache_config
-    if not current_platform.is_cpu() or not envs.VLLM_CPU_KVCACHE_SPACE or not cache.num_gpu_blocks:
-        return None
-    return envs.VLLM_CPU_KVCACHE_SPACE * 2**30 / (cache.num_gpu_blocks * cache.block_size)
 
 
 def main() -> None:

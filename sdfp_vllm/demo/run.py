@@ -42,13 +42,13 @@ _ENGINE_BYTES = 3 << 30  # processes, compiled code and the 1 GiB of KV cache be
 class DemoSettings:
     """What the demo runs. Prompts go one at a time (batch 1), greedy, in float32."""
 
-    prompts: int = 8
+    prompts: int = 6
     prompt_tokens: int = 64
-    new_tokens: int = 96
-    draft_model_tokens: int | None = None  # None: as many as the plan drafts
+    new_tokens: int = 64
+    draft_model_tokens: int = 2
     methods: tuple[str, ...] = METHODS
     seed: int = 0
-    eager: bool = False
+    eager: bool = True
     out: Path = Path("out")
 
 
@@ -66,7 +66,6 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     plan = plan_for(target, console) if SDFP in settings.methods else None
     if plan and not plan.worthwhile:
         console.print("The plan predicts no gain over plain decoding on this machine.")
-    drafting = settings.draft_model_tokens or (plan.num_speculative_tokens if plan else 4)
     *prompts, warm_up = held_out_prompts(
         target, count=settings.prompts + 1, tokens=settings.prompt_tokens, seed=settings.seed
     )
@@ -79,7 +78,11 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
             "prompt_lookup_max": 4,
             "prompt_lookup_min": 2,
         },
-        DRAFT_MODEL: {"method": "draft_model", "model": str(draft), "num_speculative_tokens": drafting},
+        DRAFT_MODEL: {
+            "method": "draft_model",
+            "model": str(draft),
+            "num_speculative_tokens": settings.draft_model_tokens,
+        },
     }
 
     def spec(method: str) -> EngineSpec:
@@ -208,6 +211,7 @@ def _check(s: DemoSettings) -> None:
         ("prompts", s.prompts, 1),
         ("prompt-tokens", s.prompt_tokens, 1),
         ("new-tokens", s.new_tokens, 2),
+        ("draft-model-tokens", s.draft_model_tokens, 1),
     ):
         if value < low:
             raise SdfpError(f"--{name}", f"is {value}", f"Give at least {low}.")

@@ -82,7 +82,7 @@ def load_calibration(
     needed = sequences * body
     stream: list[int] = []
     for piece in _shuffled_pieces(count, read, size=8 * length, rng=random.Random(seed)):
-        stream += tokenizer(piece, add_special_tokens=False)["input_ids"] + end
+        stream += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(stream) >= needed:
             break
     if not stream:

@@ -19,6 +19,8 @@ from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, default_plan_dir, load_pl
 
 logger = init_logger(f"vllm.{__name__}")
 
+ANY_BATCH = 1 << 20  # no batch is larger
+
 # What a user may set beside the plan; anything else in speculative_config is refused by name.
 SETTINGS = {
     "method",
@@ -105,6 +107,8 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     # A model that drafts with itself has a full distribution to sample from, and sampling from it
     # is accepted more often than its argmax; greedy requests are not affected.
     passed = {"draft_sample_method": "probabilistic", **settings}
+    if not {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"} & set(settings):
+        passed["num_speculative_tokens_per_batch_size"] = batch_table(plan)
     passed.update(method="sdfp", model=path, num_speculative_tokens=k)
     try:
         return SdfpConfig(
@@ -121,6 +125,19 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
             f"{first['msg']}, got {first['input']!r}",
             "Correct it, or leave it out.",
         ) from e
+
+
+def batch_table(plan: SkipPlan) -> list[tuple[int, int, int]] | None:
+    """The plan's draft lengths by batch size in vLLM's form; None where one length serves all.
+
+    Large batches make verification dear: there the plan drafts less, or not at all.
+    """
+    table = plan.draft_tokens_by_batch
+    if all(k == plan.num_speculative_tokens for _, k in table):
+        return None
+    starts = [1, *(size + 1 for size, _ in table)]
+    ends = [*(size for size, _ in table[:-1]), ANY_BATCH]
+    return [(start, end, k) for start, end, (_, k) in zip(starts, ends, table, strict=False)]
 
 
 def check_batch_table(table: Any) -> None:

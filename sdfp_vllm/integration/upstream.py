@@ -24,7 +24,7 @@ try:
     from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
-    from vllm.v1.spec_decode.utils import PADDING_SLOT_ID, eagle_step_update_slot_mapping_and_metadata
+    from vllm.v1.spec_decode.utils import eagle_step_update_slot_mapping_and_metadata
     from vllm.v1.worker.utils import AttentionGroup
 except ImportError as e:
     raise SdfpError(
@@ -34,7 +34,6 @@ except ImportError as e:
     ) from e
 
 __all__ = [
-    "PADDING_SLOT_ID",
     "AttentionGroup",
     "AttentionLayerBase",
     "CUDAGraphMode",
