@@ -110,7 +110,8 @@ def show(
 ) -> None:
     """Shows a plan: the layers' scores, the search, and how it was made."""
     from sdfp_vllm.plan import load_plan
-    from sdfp_vllm.report import draw_html, draw_png, tables
+    from sdfp_vllm.report import draw_png, tables
+    from sdfp_vllm.report_html import draw_html
     from sdfp_vllm.terminal import console
 
     loaded = load_plan(_plan_path(plan))

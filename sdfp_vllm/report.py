@@ -171,21 +171,10 @@ def draw_png(plan: SkipPlan, path: Path) -> None:
         ylabel="over plain decoding",
     )
     right.legend(title="tokens a round")
-    _write(path, lambda: figure.savefig(path, dpi=130, format="png"), "--png")
+    write_drawing(path, lambda: figure.savefig(path, dpi=130, format="png"), "--png")
 
 
-def draw_html(plan: SkipPlan, path: Path) -> None:
-    """Writes one self-contained page: no script, no font, no picture from elsewhere.
-
-    Raises:
-        SdfpError: If the file cannot be written.
-    """
-    from sdfp_vllm.report_html import page
-
-    _write(path, lambda: path.write_text(page(plan), encoding="utf-8"), "--html")
-
-
-def _write(path: Path, write, flag: str) -> None:
+def write_drawing(path: Path, write, flag: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write()

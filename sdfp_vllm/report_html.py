@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
 from sdfp_vllm.plan import SkipPlan
-from sdfp_vllm.report import best_draft_tokens, details, score_name, verdict
+from sdfp_vllm.report import best_draft_tokens, details, score_name, verdict, write_drawing
 
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
@@ -16,6 +17,15 @@ tr:not(.kept) .bar { background: #bbb } td.wide { width: 14em; text-align: left 
 svg text { font: 11px sans-serif; fill: #444 }
 """
 _WIDTH, _HEIGHT, _MARGIN = 560, 260, 36
+
+
+def draw_html(plan: SkipPlan, path: Path) -> None:
+    """Writes one self-contained page: no script, no font, no picture from elsewhere.
+
+    Raises:
+        SdfpError: If the file cannot be written.
+    """
+    write_drawing(path, lambda: path.write_text(page(plan), encoding="utf-8"), "--html")
 
 
 def page(plan: SkipPlan) -> str:
