@@ -24,6 +24,12 @@ def generate_command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
+    eager: Annotated[
+        bool | None,
+        typer.Option(
+            "--eager/--compile", help="Without compilation; default on a CPU, where it takes minutes."
+        ),
+    ] = None,
     baseline: Annotated[
         bool, typer.Option("--baseline/--no-baseline", help="Also run without drafting.")
     ] = True,
@@ -46,6 +52,10 @@ def generate_command(
     speculative: dict[str, Any] = {"method": "sdfp", "model": str(plan_dir)}
     if draft_tokens:
         speculative["num_speculative_tokens"] = draft_tokens
+    if eager is None:
+        import torch
+
+        eager = not torch.cuda.is_available()
     spec = EngineSpec(
         model=str(folder),
         prompts=[text],
@@ -55,7 +65,11 @@ def generate_command(
         temperature=temperature,
         seed=seed,
         dtype=dtype,
-        engine={"max_num_seqs": 1},
+        engine={
+            "max_num_seqs": 1,
+            "max_model_len": -1,
+            "enforce_eager": eager,
+        },  # -1: as long as its K/V fits
     )
     console = Console(stderr=True)  # standard output holds the text alone
     with console.status("Generating with SDFP"):
