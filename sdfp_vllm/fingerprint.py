@@ -27,7 +27,7 @@ class Fingerprint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     architecture: str
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=100_000)
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

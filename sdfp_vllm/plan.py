@@ -153,7 +153,8 @@ class SkipPlan(_Strict):
                 raise ValueError(
                     f"{name} names layer {kept[-1]}, but the model has {n} layers (0 to {n - 1})"
                 )
-        if self.scores and [s.layer for s in self.scores] != list(range(n)):
+        # Lengths first: a damaged layer count may be astronomical.
+        if self.scores and (len(self.scores) != n or any(s.layer != i for i, s in enumerate(self.scores))):
             raise ValueError(f"scores must list layers 0 to {n - 1} once each, in order")
         return self
 

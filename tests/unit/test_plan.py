@@ -134,6 +134,8 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
         ({"bridges": "../../etc/passwd"}, "bridges"),
         ({"unknown_field": 1}, "unknown_field"),
         ({"fingerprint__sha256": "zz"}, "sha256"),
+        ({"fingerprint__num_layers": 10**18}, "num_layers"),  # must not be counted out
+        ({"fingerprint__num_layers": 90_000}, "scores must list layers"),
         ({"fingerprint": ...}, "fingerprint"),
         ({"made": ...}, "made"),
     ],
