@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdfp_vllm.errors import SdfpError
 
@@ -96,6 +96,11 @@ def fingerprint(model_dir: str | Path) -> Fingerprint:
             str(model_dir / "config.json"),
             f"field {e} is missing",
             "Use a decoder-only language model saved by transformers.",
+        ) from e
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise SdfpError(
+            str(model_dir / "config.json"), f"{first['loc'][0]}: {first['msg']}", "Download the model again."
         ) from e
 
 

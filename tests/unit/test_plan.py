@@ -258,7 +258,16 @@ def test_fingerprint_sees_weights_shape_and_config_but_not_volatile_keys(tmp_pat
     assert default_plan_dir(base) != default_plan_dir(fingerprint(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"architectures": ["A"], "hidden_size": 8}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        '{"architectures": ["A"], "hidden_size": 8}',
+        '{"num_hidden_layers": 0, "hidden_size": 8, "vocab_size": 9}',
+    ],
+)
 def test_bad_config_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
