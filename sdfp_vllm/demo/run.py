@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import fingerprint
 from sdfp_vllm.measure import EngineSpec, Measurement, run_engines
 from sdfp_vllm.plan import PLAN_FILE, SkipPlan, default_plan_dir, load_plan
+from sdfp_vllm.source_tree import git_sha
 
 METHODS = (PLAIN, SDFP, NGRAM, DRAFT_MODEL)
 _ENGINE_BYTES = 3 << 30  # processes, compiled code and the 1 GiB of KV cache beside the weights
@@ -235,18 +235,12 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "versions": versions,
-        "git_sha": git.stdout.strip() or None,
+        "git_sha": git_sha(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +24,7 @@ from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import MAX_TRIED, Choice, candidate_sizes, check_request, search
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.plan import LayerScore, Provenance, SkipPlan, default_plan_dir
+from sdfp_vllm.source_tree import git_sha
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKPOINT = ".fisher-partial.pt"
@@ -200,28 +200,5 @@ def _provenance(calibration: Calibration, options: PlanOptions) -> Provenance:
         sdfp_version=__version__,
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
-        git_sha=_git_sha(),
+        git_sha=git_sha(),
     )
-
-
-def _git_sha() -> str | None:
-    """The commit of the source tree that this package runs from, if it is one.
-
-    Asked of this file's own history: an installed copy inside somebody else's repository has none.
-    """
-    here = Path(__file__)
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here.parent), "log", "-1", "--format=%H", "HEAD", "--", here.name],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-        if not done.stdout.strip():
-            return None
-        done = subprocess.run(
-            ["git", "-C", str(here.parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

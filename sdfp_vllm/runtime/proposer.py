@@ -142,7 +142,7 @@ class SdfpProposer(DraftModelProposer):
         mode, padded, across_dp = self._determine_batch_execution_and_padding(
             num_tokens, use_cudagraphs=use_cudagraphs
         )
-        slots = {name: self._slots[gid][:padded] for gid, name in self._named_slots()}
+        slots = self._slots_by_layer(padded)
         self._forward(None, slots or slot_mappings or {}, padded, mode, across_dp)
 
     # ------------------------------------------------------------ drafting
@@ -185,7 +185,7 @@ class SdfpProposer(DraftModelProposer):
         positions = target_positions[last]
         groups = self._decode_metadata(common_attn_metadata, batch, num_rejected_tokens_gpu)
         mode, padded, across_dp = self._determine_batch_execution_and_padding(batch)
-        slots = {name: self._slots[gid][:padded] for gid, name in self._named_slots()}
+        slots = self._slots_by_layer(padded)
 
         drafted: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
@@ -260,8 +260,13 @@ class SdfpProposer(DraftModelProposer):
                 cad.seq_lens_cpu_upper_bound += 1
         return self.positions[:batch].clone()
 
-    def _named_slots(self) -> list[tuple[int, str]]:
-        return [(g.kv_cache_group_id, name) for g in self.draft_attn_groups for name in g.layer_names]
+    def _slots_by_layer(self, padded: int) -> dict[str, torch.Tensor]:
+        """Views of the slot buffers, int64 [padded], as the forward context wants them; none before the cache exists."""
+        return {
+            name: self._slots[g.kv_cache_group_id][:padded]
+            for g in self.draft_attn_groups
+            for name in g.layer_names
+        }
 
     def _forward(
         self,
