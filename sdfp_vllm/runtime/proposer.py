@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import (
     AttentionGroup,
     AttentionLayerBase,
@@ -30,13 +29,9 @@ from sdfp_vllm.integration.upstream import (
     VllmConfig,
     eagle_step_update_slot_mapping_and_metadata,
     get_layers_from_vllm_config,
-    init_logger,
     set_forward_context,
-    set_model_tag,
 )
-from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
-
-logger = init_logger(f"vllm.{__name__}")
+from sdfp_vllm.runtime.load import load_draft
 
 
 class SdfpProposer(DraftModelProposer):
@@ -45,7 +40,6 @@ class SdfpProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None):
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
         self.runner = runner
-        self.kept_layers: list[int] = vllm_config.speculative_config.kept_layers  # type: ignore[union-attr]
         # Buffers of the base class for hidden states and embeddings that no draft step here reads.
         self.hidden_states = self.inputs_embeds = None  # type: ignore[assignment]
         self.is_rejected_token_mask = self.is_masked_token_mask = None
@@ -53,44 +47,8 @@ class SdfpProposer(DraftModelProposer):
 
     # ------------------------------------------------------------ set-up
     def load_model(self, target_model: nn.Module) -> None:
-        """Builds the draft over `target_model`'s modules; allocates nothing.
-
-        Raises:
-            SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V.
-        """
-        layers = decoder_of(target_model).layers
-        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
-        self._draft_attn_layer_names = set()
-        for i in self.kept_layers:
-            if i >= len(layers):
-                raise SdfpError(
-                    f"plan {self.speculative_config.model}",
-                    f"keeps layer {i}, but the model has {len(layers)} layers",
-                    "Make a plan for this model with `sdfp plan MODEL`.",
-                )
-            names = attention_names(layers[i])
-            if not names:
-                raise SdfpError(
-                    f"decoder layer {i}", "has no attention with a paged KV cache", "Serve without SDFP."
-                )
-            for name in names:
-                if getattr(attention[name], "kv_sharing_target_layer_name", None) is not None:
-                    raise SdfpError(
-                        f"decoder layer {i}", "reads another layer's K/V, which drafting may not have written",
-                        "Serve this model without SDFP.",
-                    )  # fmt: skip
-            self._draft_attn_layer_names.update(names)
-        with set_model_tag("sdfp_draft"):
-            self.model = SkipDraftModel(
-                vllm_config=self.vllm_config, prefix="", target=target_model, kept_layers=self.kept_layers
-            )
-        logger.info(
-            "SDFP drafts %d tokens a round with %d of %d layers: %s",
-            self.num_speculative_tokens,
-            len(self.kept_layers),
-            len(layers),
-            self.kept_layers,
-        )
+        """Builds the draft over `target_model`'s modules (see `load_draft`)."""
+        self.model, self._draft_attn_layer_names = load_draft(self.vllm_config, target_model)
 
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None

@@ -1,0 +1,62 @@
+"""Builds the draft over a loaded target, the same for both model runners."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.integration.upstream import (
+    AttentionLayerBase,
+    VllmConfig,
+    get_layers_from_vllm_config,
+    init_logger,
+    set_model_tag,
+)
+from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftModel, set[str]]:
+    """Returns the draft over `target`'s own modules, and the names of the attention layers it runs.
+
+    Allocates no weight. The keep set comes from `vllm_config.speculative_config`, an SdfpConfig.
+
+    Raises:
+        SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V.
+    """
+    config = vllm_config.speculative_config
+    kept: list[int] = config.kept_layers  # type: ignore[union-attr]
+    layers = decoder_of(target).layers
+    attention = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+    drafting: set[str] = set()
+    for i in kept:
+        if i >= len(layers):
+            raise SdfpError(
+                f"plan {config.model}",  # type: ignore[union-attr]
+                f"keeps layer {i}, but the model has {len(layers)} layers",
+                "Make a plan for this model with `sdfp plan MODEL`.",
+            )
+        names = attention_names(layers[i])
+        if not names:
+            raise SdfpError(
+                f"decoder layer {i}", "has no attention with a paged KV cache", "Serve without SDFP."
+            )
+        for name in names:
+            if getattr(attention[name], "kv_sharing_target_layer_name", None) is not None:
+                raise SdfpError(
+                    f"decoder layer {i}",
+                    "reads another layer's K/V, which drafting may not have written",
+                    "Serve this model without SDFP.",
+                )
+        drafting.update(names)
+    with set_model_tag("sdfp_draft"):
+        draft = SkipDraftModel(vllm_config=vllm_config, prefix="", target=target, kept_layers=kept)
+    logger.info(
+        "SDFP drafts %d tokens a round with %d of %d layers: %s",
+        config.num_speculative_tokens,  # type: ignore[union-attr]
+        len(kept),
+        len(layers),
+        kept,
+    )
+    return draft, drafting
