@@ -68,6 +68,17 @@ def plan(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with Fisher scores that were interrupted.")
     ] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Score the layers on a Ray cluster.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers (default: one per GPU, without GPUs one per node).")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of the Ray cluster, or auto (default: RAY_ADDRESS, or here)."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        int | None, typer.Option(min=1, help="Split the model over this many GPUs of each Ray worker.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Output folder (default: where the engine looks by itself)."),
@@ -78,6 +89,7 @@ def plan(
 
     from sdfp_vllm.fit.job import make_plan
     from sdfp_vllm.plan import PLAN_FILE, default_plan_dir
+    from sdfp_vllm.ray_cluster import RayOptions
     from sdfp_vllm.report import summary
     from sdfp_vllm.terminal import console
 
@@ -95,6 +107,7 @@ def plan(
         score_form=score_form,
         seed=seed,
         resume=resume,
+        ray=RayOptions.from_flags(ray, workers=workers, address=address, gpus_per_worker=gpus_per_worker),
     )
     # soft_wrap: a path or a command broken over lines cannot be copied.
     console().print(summary(made, (out or default_plan_dir(made.fingerprint)) / PLAN_FILE), soft_wrap=True)

@@ -90,8 +90,8 @@ def fisher_sums(
     if checkpoint is not None:
         dtype = next(p for _, p in stack.layer_parameters(0)).dtype
         file = Checkpoint(checkpoint, checkpoint_key(ids, stack.num_layers, str(dtype), identity))
-        if resume:
-            sums = file.load() or sums
+        if resume and (saved := file.load()):
+            sums = saved.total
     if advance and sums.sequences:
         advance(sums.sequences)
     if gradient_checkpointing is None:

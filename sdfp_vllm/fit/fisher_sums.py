@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,37 @@ class FisherSums:
         return FisherSums(self.sequences + other.sequences, self.sums + other.sums)
 
 
+class OrderedSums:
+    """Adds up windows that finish in any order, always in the windows' own order: the same bits as one process.
+
+    Attributes:
+        total: Sums of windows 0 to `total.sequences - 1`.
+        ahead: Sums of later windows that are finished while an earlier one is not.
+    """
+
+    def __init__(self, total: FisherSums, ahead: Mapping[int, FisherSums] | None = None):
+        self.total, self.ahead = total, dict(ahead or {})
+        self._catch_up()
+
+    @property
+    def finished(self) -> int:
+        return self.total.sequences + len(self.ahead)
+
+    def add(self, window: int, sums: FisherSums) -> None:
+        """Takes in one window; a window that is there already is not counted twice."""
+        if window >= self.total.sequences:
+            self.ahead[window] = sums
+            self._catch_up()
+
+    def missing(self, windows: int) -> list[int]:
+        """The windows of 0 to `windows - 1` not taken in yet, ascending."""
+        return [i for i in range(self.total.sequences, windows) if i not in self.ahead]
+
+    def _catch_up(self) -> None:
+        while (following := self.ahead.pop(self.total.sequences, None)) is not None:
+            self.total = self.total.merge(following)
+
+
 def checkpoint_key(ids: Tensor, num_layers: int, dtype: str, identity: str) -> str:
     """Hash of everything that the sums depend on: same key, same sums."""
     head = json.dumps([list(ids.shape), num_layers, dtype, identity])
@@ -50,23 +82,29 @@ def checkpoint_key(ids: Tensor, num_layers: int, dtype: str, identity: str) -> s
 
 
 class Checkpoint:
-    """A JSON file with the sums of the first windows of one run."""
+    """A JSON file with the sums of the first windows of one run, and of those finished ahead of them."""
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = Path(path), key
 
-    def save(self, sums: FisherSums) -> None:
+    def save(self, sums: FisherSums, ahead: Mapping[int, FisherSums] | None = None) -> None:
         """Writes atomically; floats survive exactly (JSON carries their shortest exact form).
 
         Raises:
             SdfpError: If the file cannot be written.
         """
+        content = {
+            "key": self.key,
+            "sequences": sums.sequences,
+            "sums": sums.sums.tolist(),
+            "ahead": {i: s.sums.tolist() for i, s in (ahead or {}).items()},
+        }
         temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix=".fisher-", delete=False) as f:
                 temporary = f.name
-                json.dump({"key": self.key, "sequences": sums.sequences, "sums": sums.sums.tolist()}, f)
+                json.dump(content, f)
             os.replace(temporary, self.path)
         except OSError as e:
             raise SdfpError(
@@ -78,7 +116,7 @@ class Checkpoint:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
 
-    def load(self) -> FisherSums | None:
+    def load(self) -> OrderedSums | None:
         """The sums saved, or None where there is no file.
 
         Raises:
@@ -89,12 +127,16 @@ class Checkpoint:
             raw = json.loads(self.path.read_text())
             key, sequences = raw["key"], int(raw["sequences"])
             sums = torch.tensor(raw["sums"], dtype=torch.float64)
+            ahead = {
+                int(i): FisherSums(1, torch.tensor(s, dtype=torch.float64))
+                for i, s in raw.get("ahead", {}).items()
+            }
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise SdfpError(str(self.path), f"is damaged ({type(e).__name__}: {e})", mend) from e
         if key != self.key:
             raise SdfpError(
                 str(self.path), "was made with another model, calibration text, dtype or seed", mend
             )
-        return FisherSums(sequences, sums)
+        return OrderedSums(FisherSums(sequences, sums), ahead)

@@ -18,12 +18,14 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.fit.calibration import Calibration, load_calibration
 from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
-from sdfp_vllm.fit.fisher import fisher_scores
+from sdfp_vllm.fit.fisher import fisher_scores, layer_scores
+from sdfp_vllm.fit.fisher_sums import FisherSums
 from sdfp_vllm.fit.progress import Stages, stages
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import MAX_TRIED, Choice, candidate_sizes, check_request, search
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.plan import LayerScore, Provenance, SkipPlan, default_plan_dir
+from sdfp_vllm.ray_cluster import RayOptions
 from sdfp_vllm.source_tree import git_sha
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +43,7 @@ class PlanOptions:
             from a prompt of `prompt` calibration tokens.
         layers, draft_tokens: Fix the number of kept layers or the draft length.
         score_form: "trace" or "diagonal".
+        ray: Score the layers on a Ray cluster; None scores them in this process.
     """
 
     calibration: str | None = None
@@ -56,6 +59,7 @@ class PlanOptions:
     dtype: str = "auto"
     score_form: str = "trace"
     resume: bool = False
+    ray: RayOptions | None = None
 
 
 def make_plan(
@@ -87,10 +91,16 @@ def make_plan(
     # Drafts are tried on other text than the layers were scored on.
     prompts = _calibration(options, tokenizer, options.text_sequences, options.prompt, options.seed + 1)
     with stages(console) as bar:
+        # First, so that this process and a worker on this machine never hold the model at once.
+        sums = _sums_on_ray(model, calibration.ids, identity, folder, options, bar) if options.ray else None
         with bar.step("Loading the model", 1):
             transformers.utils.logging.disable_progress_bar()  # ours shows the stages
-            stack = DecoderStack(load_target(model_dir, _DTYPES[options.dtype], _device()))
-        scores = _scores(stack, calibration.ids, identity, folder, options, bar)
+            stack = DecoderStack(load_target(model_dir, _DTYPES[options.dtype], _device(options)))
+        scores = (
+            layer_scores(stack, sums)
+            if sums
+            else _scores(stack, calibration.ids, identity, folder, options, bar)
+        )
         choice, cost = _choose(stack, prompts.ids, scores, options, bar)
     plan = SkipPlan(
         model=model,
@@ -127,6 +137,21 @@ def _scores(
             checkpoint=folder / _CHECKPOINT,
             resume=options.resume,
             identity=f"{identity.sha256} {options.seed}",
+        )
+
+
+def _sums_on_ray(
+    model: str, ids: Tensor, identity: Fingerprint, folder: Path, options: PlanOptions, bar: Stages
+) -> FisherSums:
+    from sdfp_vllm.fit.ray_fisher import FisherJob, ray_fisher_sums
+
+    assert options.ray is not None
+    if Path(model).is_dir():  # workers have other working directories; a hub id is resolved on each node
+        model = str(Path(model).resolve())
+    job = FisherJob(model, identity, ids, _DTYPES[options.dtype], f"{identity.sha256} {options.seed}")
+    with bar.step("Fisher traces (starting Ray)", len(ids)) as advance:
+        return ray_fisher_sums(
+            job, options.ray, checkpoint=folder / _CHECKPOINT, resume=options.resume, advance=advance
         )
 
 
@@ -186,7 +211,9 @@ def _tokenizer(model_dir: Path):
         ) from e
 
 
-def _device() -> str:
+def _device(options: PlanOptions) -> str:
+    if options.ray and options.ray.gpus_per_worker > 1:
+        return "auto"  # too large for one GPU there, too large for one here
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -183,6 +183,7 @@ def load_target(
 
     Args:
         dtype: None keeps the checkpoint's.
+        device: One device, or "auto" for layer after layer over all GPUs (needs accelerate).
 
     Raises:
         SdfpError: If the folder holds no causal LM, or its weights are damaged or incomplete.
@@ -190,7 +191,11 @@ def load_target(
     # from_pretrained would fill missing weights with random numbers and only warn.
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            str(model_dir),
+            dtype=dtype or "auto",
+            device_map="auto" if device == "auto" else None,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as e:  # every library below has its own exceptions
         raise SdfpError(
@@ -207,4 +212,4 @@ def load_target(
             f"{len(absent)} weights are missing or of the wrong shape, the first is {absent[0]}",
             "Download or save the model again.",
         )
-    return model.to(device).eval()
+    return (model if device == "auto" else model.to(device)).eval()
