@@ -13,7 +13,7 @@ runtime then uses; with one, vLLM has no op.
 import torch
 from torch import Tensor
 
-from sdfp_vllm.bridge import MAX_RANK, Bridge
+from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.kernels.checks import FLOATS, check
 from sdfp_vllm.kernels.triton_support import runs_triton, tl, triton
 
@@ -202,5 +202,3 @@ def _check_bridge(bridge: Bridge, hidden: int, like: Tensor) -> None:
         )
         if not tensor.is_contiguous():
             raise ValueError(f"bridge.{name} must be contiguous, has strides {tensor.stride()}")
-    if bridge.rank > MAX_RANK:
-        raise ValueError(f"bridge of rank {bridge.rank}, at most {MAX_RANK}")

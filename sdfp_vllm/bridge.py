@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 BridgeKind = Literal["bias", "affine", "low-rank"]
-MAX_RANK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +27,7 @@ class Bridge:
     Attributes:
         shift: [H].
         scale: [H], affine only.
-        mean: [H]; down, up: [R, H] with R <= 64; low-rank only. `up` is stored by rank, so that a
+        mean: [H]; down, up: [R, H] with R at most MAX_BRIDGE_RANK; low-rank only. `up` is stored by rank, so that a
             kernel reads both matrices along their rows.
     """
 

@@ -6,9 +6,11 @@ Nothing in it is executable; loading it reads no file outside the folder.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +21,10 @@ from sdfp_vllm.fingerprint import Fingerprint
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
+BRIDGE_FILE = "bridges.safetensors"
 MAX_PLAN_BYTES = 64 << 20
 MAX_DRAFT_TOKENS = 32
+MAX_BRIDGE_RANK = 64
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -96,6 +100,38 @@ class Prediction(_Strict):
     speedup: NonNegative
 
 
+class BridgeRun(_Strict):
+    """A bridge over the skipped layers `first` to `last`.
+
+    `regularisation` is the ridge penalty over the inputs' mean square, chosen on held-out tokens;
+    `error` the error left there, as a share of what skipping without a bridge leaves.
+    """
+
+    first: Layer
+    last: Layer
+    regularisation: NonNegative
+    error: NonNegative
+
+
+class Bridges(_Strict):
+    """Bridges over runs of skipped layers (`sdfp_vllm/bridge.py` has the formulas).
+
+    Their tensors lie in `bridges.safetensors` beside the plan, a name that no plan can change;
+    `sha256` is that file's.
+    """
+
+    kind: Literal["bias", "affine", "low-rank"]
+    rank: Annotated[int, Field(ge=0, le=MAX_BRIDGE_RANK, strict=True)]
+    runs: list[BridgeRun] = Field(min_length=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _rank_fits_kind(self) -> Bridges:
+        if (self.kind == "low-rank") != (self.rank > 0):
+            raise ValueError(f"kind {self.kind} has rank {self.rank}")
+        return self
+
+
 class Provenance(_Strict):
     """How the plan was made; enough to make it again."""
 
@@ -125,7 +161,7 @@ class SkipPlan(_Strict):
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS, strict=True)]
     stop_threshold: Probability = 0.0
     draft_tokens_by_batch: list[tuple[Annotated[int, Field(ge=1, strict=True)], DraftTokens]] = []
-    bridges: Literal["none"] = "none"
+    bridges: Literal["none"] | Bridges = "none"
     worthwhile: bool
     prediction: Prediction
     scores: list[LayerScore]
@@ -153,37 +189,69 @@ class SkipPlan(_Strict):
                 raise ValueError(
                     f"{name} names layer {kept[-1]}, but the model has {n} layers (0 to {n - 1})"
                 )
+        if self.bridges != "none":
+            skipped = runs_skipped(self.kept_layers, n)
+            runs = [(r.first, r.last) for r in self.bridges.runs]
+            if runs != sorted(set(runs)) or not set(runs) <= skipped:
+                raise ValueError(
+                    f"bridges name the runs {runs}, which are not runs of skipped layers in order"
+                )
         # Lengths first: a damaged layer count may be astronomical.
         if self.scores and (len(self.scores) != n or any(s.layer != i for i, s in enumerate(self.scores))):
             raise ValueError(f"scores must list layers 0 to {n - 1} once each, in order")
         return self
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, tensors: bytes | None = None) -> Path:
         """Writes `<folder>/plan.json` atomically (a reader sees the old plan or the new one) and returns its path.
+
+        Args:
+            tensors: Content of `bridges.safetensors`, given if and only if the plan has bridges. Written
+                first: a reader in between finds that it is not the plan's, and is told so.
 
         Raises:
             PlanError: If the folder cannot be written.
         """
+        if (tensors is None) != (self.bridges == "none"):
+            raise ValueError("a plan with bridges is saved with their tensors, one without has none")
         folder = Path(folder)
         path = folder / PLAN_FILE
-        temporary = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".plan-", delete=False) as f:
-                temporary = f.name
-                f.write(self.model_dump_json(indent=1) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except OSError as e:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise PlanError(
-                str(path),
-                f"cannot be written ({e.strerror or e})",
-                "Free space or choose another folder with -o.",
-            ) from e
+        if tensors is not None:
+            _write(folder / BRIDGE_FILE, tensors)
+        _write(path, (self.model_dump_json(indent=1) + "\n").encode())
+        if tensors is None:
+            (folder / BRIDGE_FILE).unlink(missing_ok=True)  # of the plan that was here before
         return path
+
+
+def runs_skipped(kept: Sequence[int], num_layers: int) -> set[tuple[int, int]]:
+    """The maximal runs (first, last) of layers that `kept`, ascending, leaves out."""
+    edges = [-1, *kept, num_layers]
+    return {(a + 1, b - 1) for a, b in itertools.pairwise(edges) if b - a > 1}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces `path` atomically, making its folder.
+
+    Raises:
+        PlanError: If it cannot be written; what was there stays.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".plan-", delete=False) as f:
+            temporary = f.name
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise PlanError(
+            str(path),
+            f"cannot be written ({e.strerror or e})",
+            "Free space or choose another folder with -o.",
+        ) from e
 
 
 def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan:
@@ -191,6 +259,8 @@ def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan
 
     Args:
         expected: The served model's fingerprint; a plan for another model is refused.
+
+    The tensors of its bridges are read and checked as well.
 
     Raises:
         PlanError: Naming the file, the field and the way out. No other exception leaves here.
@@ -238,6 +308,10 @@ def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan
             "was made for another model: " + "; ".join(differences),
             "Make one for this model with `sdfp plan MODEL`, or serve the model the plan names.",
         )
+    if plan.bridges != "none":
+        from sdfp_vllm.bridge_file import load_bridges  # torch, which a plan without bridges does not need
+
+        load_bridges(path.parent, plan)
     return plan
 
 
