@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any, Literal
 
 from sdfp_vllm.integration import upstream
@@ -14,6 +15,7 @@ def patch_engine() -> None:
     """Applies every patch below; called wherever an SdfpConfig is built or unpickled."""
     allow_async_scheduling()
     route_draft_model_proposer()
+    route_init_speculator()
     mend_cpu_expand_kernel()
     mend_cpu_top_k_of_no_rows()
 
@@ -52,6 +54,35 @@ def route_draft_model_proposer() -> None:
 
     base.__new__ = __new__
     setattr(base, _MARK, True)
+
+
+def route_init_speculator() -> None:
+    """Makes the V2 runner's `init_speculator` build ours when the method is "sdfp".
+
+    Upstream picks the speculator from a closed if/elif. The runner imports the function by
+    value, so a runner module that is loaded already gets it too. Checked on 0.32.0; releases
+    without the V2 runner have neither.
+    """
+    try:
+        from vllm.v1.worker.gpu import spec_decode
+    except ImportError:
+        return
+    if hasattr(spec_decode, _MARK):
+        return
+    original = spec_decode.init_speculator
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+        if vllm_config.speculative_config.method == "sdfp":
+            from sdfp_vllm.runtime.speculator import SdfpSpeculator
+
+            return SdfpSpeculator(vllm_config, device)
+        return original(vllm_config, device, *args, **kwargs)
+
+    for module in (spec_decode, sys.modules.get("vllm.v1.worker.gpu.model_runner")):
+        if module is not None:
+            module.init_speculator = init_speculator  # type: ignore[attr-defined]
+    spec_decode.__dict__[_MARK] = True
 
 
 def mend_cpu_expand_kernel() -> None:

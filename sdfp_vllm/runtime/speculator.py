@@ -1,0 +1,296 @@
+"""SdfpSpeculator: drafts in vLLM's V2 runner with the target's kept layers over the target's KV cache.
+
+Positions are those of `proposer.py`: the target has computed 0..P of a request and sampled the
+token of P + 1; draft step j feeds one token per request at P + 1 + j, into the slots that the
+scheduler's lookahead reserved. Upstream's autoregressive speculators spend their first step on a
+pass over all tokens of the target's batch (the draft's prefill); the KV cache here is the
+target's, so all k steps are decode steps of one token per request. Where every attention group can
+refresh its metadata in place, they are captured as one CUDA graph for each (batch size, k).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdfp_vllm.integration.upstream_v2 import (
+    BatchDescriptor,
+    CUDAGraphMode,
+    DPSyncState,
+    DraftModelSpeculator,
+    InputBatch,
+    SpeculatorCudaGraphManager,
+    TargetDependentARSpeculator,
+    VllmConfig,
+    build_slot_mappings_by_layer,
+    dispatch_cg_and_sync_dp,
+    prepare_decode_inputs,
+    set_forward_context,
+)
+from sdfp_vllm.runtime.load import load_draft
+
+
+class SdfpSpeculator(TargetDependentARSpeculator):
+    """An autoregressive speculator without a second model, a second KV cache or a first pass."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        super().__init__(vllm_config, device)
+        # Drafts are fed by tokens alone: of upstream's hidden-state buffer only a width of 0 is left.
+        self.hidden_states = self.hidden_states[: self.max_num_reqs, :0].clone()
+        self._drafting: set[str] = set()
+
+    # ------------------------------------------------------------ set-up
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        """Builds the draft over `target_model`'s modules (see `load_draft`)."""
+        draft, self._drafting = load_draft(self.vllm_config, target_model)
+        return draft
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        """Makes attention metadata builders for the kept layers.
+
+        The runner takes `draft_attn_layer_names` for layers that are not the target's; the kept
+        ones are, so the set is filled only while the draft's own groups are made.
+        """
+        if "max_model_len" in vars(self):  # 0.32 reads it before it is fitted to memory
+            self.max_model_len = self.vllm_config.model_config.max_model_len
+        self.draft_attn_layer_names = self._drafting
+        try:
+            super().set_attn(*args, **kwargs)
+        finally:
+            self.draft_attn_layer_names = set()
+
+    def _configure_decode_metadata_update(self) -> None:
+        # Upstream has nothing to update at one draft token, its first being a prefill; here it is a decode.
+        DraftModelSpeculator._configure_decode_metadata_update(self)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """One manager, for decode steps: FULL graphs where the target has them, else none."""
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        self.decode_cudagraph_manager = SpeculatorCudaGraphManager(
+            self.vllm_config,
+            self.device,
+            CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE,
+            decode_query_len=1,
+        )
+
+    def capture(self) -> None:
+        """Captures all k steps as one graph, or one step as a graph, for each batch size."""
+        assert self.decode_cudagraph_manager is not None
+        self.idx_mapping.zero_()  # stale rows of earlier dummy runs may lie out of bounds
+        fused = self.supports_decode_metadata_update
+        self.decode_cudagraph_manager.capture(
+            self._generate_fused_drafts if fused else self._generate_draft,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing SDFP draft CUDA graphs",
+            specialize_spec_tokens=fused and self.speculative_config.uses_dynamic_speculative_decoding(),
+        )
+
+    # ------------------------------------------------------------ drafting
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: DPSyncState | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Drafts `num_speculative_tokens` (k >= 0; None: the configured number) tokens per request.
+
+        Args:
+            num_sampled: int32 [num_reqs]; 0 for a request in the middle of its prefill, which
+                is not drafted for: its row writes no K/V.
+            num_rejected: int32 [num_reqs], drafts rejected in this step, still counted in
+                `input_batch.seq_lens`.
+            last_sampled: int64 [max_num_reqs, 1], the token sampled last, by request state index.
+
+        Returns:
+            int64 [num_reqs, configured k]; columns from k on are not meant to be read.
+        """
+        num_reqs = input_batch.num_reqs
+        k = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        if k == 0:
+            return self.draft_tokens[:num_reqs].fill_(-1)
+        longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
+        self.draft_max_seq_len = min(longest + k, self.max_model_len)
+        self._begin(
+            input_batch, num_sampled, num_rejected, last_sampled, temperature, seeds, dummy_run=dummy_run
+        )
+
+        sync, num_tokens = None, num_reqs
+        if dp_sync_state is not None:
+            sync, num_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_reqs)
+        batch, sync = dispatch_cg_and_sync_dp(
+            self.decode_cudagraph_manager,
+            num_reqs,
+            num_tokens,
+            uniform_token_count=1,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=is_profile,
+            dp_sync_state=sync,
+        )
+        if self.decode_cudagraph_manager is not None:
+            batch = self.decode_cudagraph_manager.specialize_spec_tokens(batch, k)
+        decode = (
+            self._fused_multi_step_decode if self.supports_decode_metadata_update else self._multi_step_decode
+        )
+        decode(
+            num_reqs,
+            dummy_run and skip_attn_for_dummy_run,
+            batch,
+            sync.num_tokens_across_dp if sync is not None else None,
+            input_batch.seq_lens_cpu_upper_bound,
+            k,
+        )
+        return self.draft_tokens[:num_reqs]
+
+    def _begin(
+        self,
+        input_batch: InputBatch,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dummy_run: bool,
+    ) -> None:
+        """Fills the input buffers of draft step 0: the sampled token of each request at P + 1."""
+        num_reqs = input_batch.num_reqs
+        idx = input_batch.idx_mapping[:num_reqs]
+        # -1 marks a row that samples nothing and writes no K/V.
+        drafting = torch.where(num_sampled[:num_reqs] > 0, idx, torch.full_like(idx, -1))
+        self._copy_request_inputs(num_reqs, drafting, temperature, seeds, dummy_run=dummy_run)
+        last = input_batch.query_start_loc[1 : num_reqs + 1] - 1 - num_rejected[:num_reqs]
+        positions = input_batch.positions[last.long()]
+        self.input_buffers.positions[:num_reqs] = positions
+        self.sample_src_positions[:num_reqs] = positions
+        prepare_decode_inputs(  # moves every request one position on
+            last_sampled.view(-1)[idx.long()],
+            input_batch.seq_lens,
+            num_rejected,
+            self.input_buffers,
+            self.sample_src_positions,
+            self.max_model_len,
+            self.max_num_reqs,
+        )
+
+    def _multi_step_decode(
+        self,
+        num_reqs: int,
+        skip_attn: bool,
+        batch_desc: Any,
+        num_tokens_across_dp: torch.Tensor | None,
+        seq_lens_cpu_upper_bound: torch.Tensor,
+        num_speculative_steps: int,
+    ) -> None:
+        """All k steps with attention metadata built anew for each."""
+        idx_mapping = self.idx_mapping[:num_reqs]
+        metadata = slots = None
+        for step in range(num_speculative_steps):
+            if not skip_attn:
+                slots = build_slot_mappings_by_layer(
+                    self.block_tables.compute_slot_mappings(
+                        idx_mapping,
+                        self.input_buffers.query_start_loc[: num_reqs + 1],
+                        self.input_buffers.positions[:num_reqs],
+                        batch_desc.num_tokens,
+                    ),
+                    self.kv_cache_config,
+                )
+                metadata = self._build_uniform_attn_metadata(
+                    num_reqs=num_reqs,
+                    batch_desc=batch_desc,
+                    num_query_per_req=1,
+                    seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
+                    step=step + 1,
+                )
+            self.current_draft_step.fill_(step)
+            if batch_desc.cg_mode == CUDAGraphMode.FULL:
+                assert self.decode_cudagraph_manager is not None
+                self.decode_cudagraph_manager.run_fullgraph(batch_desc)
+                continue
+            self._generate_draft(
+                num_reqs,
+                batch_desc.num_tokens,
+                metadata,
+                slots,
+                num_tokens_across_dp,
+                batch_desc.cg_mode,
+                num_speculative_steps,
+            )
+
+    def _generate_fused_drafts(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int,
+    ) -> None:
+        """All k steps without the host: positions, slots and attention metadata advance on the device."""
+        for step in range(num_speculative_steps):
+            if attn_metadata is not None:
+                self.block_tables.compute_slot_mappings(
+                    self.idx_mapping[:num_reqs],
+                    self.input_buffers.query_start_loc[: num_reqs + 1],
+                    self.input_buffers.positions[:num_reqs],
+                    num_tokens_padded,
+                )
+                self._update_draft_decode_metadata(attn_metadata, num_reqs)
+            self.current_draft_step.fill_(step)
+            self._generate_draft(
+                num_reqs,
+                num_tokens_padded,
+                attn_metadata,
+                slot_mappings,
+                num_tokens_across_dp,
+                cudagraph_runtime_mode,
+                num_speculative_steps,
+            )
+
+    @torch.inference_mode()
+    def _run_model(
+        self,
+        num_tokens: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+        mm_inputs: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One draft forward: final hidden states [num_tokens, hidden], and none to feed back."""
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=num_tokens,
+            cudagraph_runtime_mode=cudagraph_runtime_mode,
+            num_tokens_across_dp=num_tokens_across_dp,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
+        ):
+            hidden = self.model(
+                input_ids=self.input_buffers.input_ids[:num_tokens],
+                positions=self.input_buffers.positions[:num_tokens],
+            )
+        return hidden, hidden[:, :0]
