@@ -11,12 +11,18 @@ DEVICE ?= cpu
 demo: $(READY)
 	$(VENV)/bin/sdfp demo
 
-# Two workers, a file of tests each: engines are single-threaded in tests.
+# Two workers, a file of tests each: engines are single-threaded in tests. Triton kernels and vLLM's
+# V2 runner have a run of their own, under Triton's interpreter.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+INTERPRETED := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/v2/interpreter
+
 test: $(READY)
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow and not gpu"
+	$(INTERPRETED) $(PYTEST) -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not gpu"
+	$(INTERPRETED) $(PYTEST) -m "not gpu"
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,11 @@
 """Settings every test shares; they must stand before vLLM is imported."""
 
 import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -11,3 +16,39 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_NO_USAGE_STATS="1",
 )
+
+# ---------------------------------------------------------------- how many answers were compared
+_compared_in_workers = 0
+
+
+def _compared_here() -> int:
+    return getattr(sys.modules.get("engines"), "compared", 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a pytest-xdist worker
+        session.config.workeroutput["compared"] = _compared_here()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    global _compared_in_workers
+    _compared_in_workers += getattr(node, "workeroutput", {}).get("compared", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if count := _compared_in_workers or _compared_here():
+        terminalreporter.write_line(f"{count:,} greedy answers are plain vLLM's, token for token")
+
+
+# Triton decides once per process whether its kernels are interpreted, so these two folders are
+# collected in a run of their own (`make test` makes both), and the others are not.
+_INTERPRETED = {"kernels", "v2"}
+_HERE = Path(__file__).parent
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    part = collection_path.relative_to(_HERE).parts[:1] if collection_path.is_relative_to(_HERE) else ()
+    if not part or part[0].endswith(".py"):
+        return None
+    return (part[0] in _INTERPRETED) != (os.environ.get("TRITON_INTERPRET") == "1") or None

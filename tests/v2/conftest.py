@@ -1,0 +1,1 @@
+from fixtures import kept, plain_tokens, plan, prompts, target  # noqa: F401

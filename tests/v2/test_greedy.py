@@ -1,0 +1,97 @@
+"""Greedy text on the V2 runner is plain vLLM's on the same runner, token for token, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import engine, runner, spec_counters, tokens
+from stepping import Arrival, play
+
+pytestmark = pytest.mark.engine
+
+LENGTH = 20  # tokens a prompt: the interpreter decodes about 40 tokens a second
+
+
+@pytest.fixture(scope="module")
+def some(prompts: list[list[int]]) -> list[list[int]]:
+    return [p[:70] for p in prompts[:10]]
+
+
+@pytest.fixture(scope="module")
+def expected(target: Path, some: list[list[int]]) -> list[list[list[int]]]:
+    with engine(target) as llm:
+        assert type(runner(llm)).__module__ == "vllm.v1.worker.cpu.model_runner"
+        return tokens(llm, some, max_tokens=LENGTH)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 10])
+def test_same_text_at_every_batch_size(
+    drafting: Any, some: list[list[int]], expected: list[list[list[int]]], batch: int
+):
+    before = spec_counters(drafting).get("num_accepted_tokens", 0)
+    assert tokens(drafting, some, batch=batch, max_tokens=LENGTH) == expected
+    accepted = spec_counters(drafting)["num_accepted_tokens"] - before
+    assert accepted > len(some), "drafts hardly ever accepted: the draft is wrong"
+
+
+def test_requests_that_join_leave_and_are_aborted(
+    drafting: Any, some: list[list[int]], expected: list[list[list[int]]]
+):
+    arrivals = [
+        Arrival(str(i), prompt, step=2 * i, abort_after=5 if i == 3 else None, params={"max_tokens": LENGTH})
+        for i, prompt in enumerate(some)
+    ]
+    answers = play(drafting, arrivals)
+    for i, want in enumerate(expected):
+        assert answers[str(i)] == want[0][: len(answers[str(i)])]
+        assert i == 3 or len(answers[str(i)]) == LENGTH
+
+
+@pytest.fixture(scope="module")
+def drafting(target: Path, plan: str) -> Any:
+    with engine(target, {"method": "sdfp", "model": plan}) as llm:
+        assert type(runner(llm).speculator).__name__ == "SdfpSpeculator"
+        yield llm
+
+
+# Chunks smaller than most prompts: requests that sample nothing in a step are not drafted for.
+# A cache of 40 blocks of 16 for 8 requests of up to 90 tokens: preemption.
+# Drafts up to the last position there is; the longest prompt has 69 tokens.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "chunked prefill": dict(max_num_batched_tokens=16),
+    "preemption": dict(num_gpu_blocks_override=24, block_size=16, max_model_len=96),
+    "no prefix caching": dict(enable_prefix_caching=False),
+    "up to max_model_len": dict(max_model_len=80),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_text_under(target: Path, plan: str, some: list[list[int]], name: str):
+    def run(speculative: dict[str, Any] | None) -> list[list[list[int]]]:
+        with engine(target, speculative, **SETTINGS[name]) as llm:
+            return tokens(llm, some[:6], max_tokens=LENGTH)
+
+    assert run({"method": "sdfp", "model": plan}) == run(None)
+
+
+def test_draft_length_by_batch_size_down_to_none(
+    target: Path, plan: str, some: list[list[int]], expected: list[list[list[int]]]
+):
+    table = [[1, 1, 3], [2, 3, 1], [4, 8, 0]]
+    settings = {"method": "sdfp", "model": plan, "num_speculative_tokens_per_batch_size": table}
+    with engine(target, settings) as llm:
+        for batch, k in ((1, 3), (3, 1), (8, 0)):
+            asked: list[int] = []
+            speculator = runner(llm).speculator
+            propose = speculator.propose
+
+            def spy(*args: Any, asked: list[int] = asked, propose: Any = propose, **kwargs: Any) -> Any:
+                asked.append(kwargs["num_speculative_tokens"])
+                return propose(*args, **kwargs)
+
+            speculator.propose = spy
+            assert tokens(llm, some[:batch], max_tokens=LENGTH) == expected[:batch]
+            speculator.propose = propose
+            assert k in asked
