@@ -112,8 +112,7 @@ def skip_residual_rms_norm(
     if hidden > MAX_HIDDEN:
         raise ValueError(f"rows of {hidden} elements, the kernel holds at most {MAX_HIDDEN}")
     t = {} if bridge is None else bridge.tensors()
-    if rows:
-        _launch(branch, residual, weight, eps, weight_offset, out, *map(t.get, _BRIDGE_TENSORS))
+    _launch(branch, residual, weight, eps, weight_offset, out, *map(t.get, _BRIDGE_TENSORS))
     return out
 
 
@@ -136,6 +135,8 @@ def _launch(
     up: Tensor | None,
 ) -> None:
     rows, hidden = branch.shape
+    if not rows:
+        return
     block = triton.next_power_of_2(hidden)
     rank = 0 if down is None else down.shape[0]
     tile = min(max(1, _TILE // block), triton.next_power_of_2(max(1, rank)))

@@ -15,7 +15,7 @@ import torch
 
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.errors import PlanError
-from sdfp_vllm.plan import BRIDGE_FILE, BridgeRun, Bridges, SkipPlan
+from sdfp_vllm.plan import BRIDGE_FILE, BridgeRun, Bridges, SkipPlan, load_plan
 
 Run = tuple[int, int]  # first and last skipped layer
 
@@ -79,6 +79,22 @@ def load_bridges(folder: Path, plan: SkipPlan) -> dict[Run, Bridge]:
         )
         for r in plan.bridges.runs
     }
+
+
+def bridges_at(path: str | Path, sha256: str) -> dict[Run, Bridge]:
+    """The bridges of the plan at `path`, which a worker reads for itself; none where `sha256` is empty.
+
+    Raises:
+        PlanError: If the plan or its tensors are no longer those with this hash.
+    """
+    if not sha256:
+        return {}
+    path = Path(path)
+    plan = load_plan(path)
+    folder = path if path.is_dir() else path.parent
+    if plan.bridges == "none" or plan.bridges.sha256 != sha256:
+        raise PlanError(str(path), "was replaced while the engine started", "Start the engine again.")
+    return load_bridges(folder, plan)
 
 
 def _wanted(bridges: Bridges, hidden: int) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ try:
     from vllm.forward_context import set_forward_context
     from vllm.logger import init_logger
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
@@ -40,7 +41,9 @@ __all__ = [
     "CommonAttentionMetadata",
     "DraftModelProposer",
     "EngineArgs",
+    "GemmaRMSNorm",
     "KVCacheConfig",
+    "RMSNorm",
     "SamplingMetadata",
     "SpeculativeConfig",
     "UniformTypeKVCacheSpecs",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import AttentionLayerBase, VllmConfig, support_torch_compile
+from sdfp_vllm.runtime.bridged import BridgeStep, entered_through
 
 
 def decoder_of(target: Any) -> Any:
@@ -39,16 +41,38 @@ class SkipDraftModel(nn.Module):
     """Runs the kept layers of `target` on one token per request.
 
     A dropped layer is an identity on the residual stream, so a kept layer simply receives the
-    (branch output, residual) pair of the last kept one: no work is left where layers were.
+    (branch output, residual) pair of the last kept one: no work is left where layers were. Where
+    the plan has a bridge over a run of dropped layers, whatever comes next (a kept layer or the
+    final norm) is entered through it.
+
+    Args:
+        bridges: By (first, last) dropped layer; on the target's device, in its dtype.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", target: Any, kept_layers: Sequence[int]):
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        target: Any,
+        kept_layers: Sequence[int],
+        bridges: Mapping[tuple[int, int], Bridge] | None = None,
+    ):
         super().__init__()
         decoder = decoder_of(target)
+        into = {last + 1: bridge for (_, last), bridge in (bridges or {}).items()}
         # Plain attributes of registered modules: parameters() lists the target's own tensors.
         self._embed: Callable[[torch.Tensor], torch.Tensor] = decoder.embed_input_ids
-        self.kept = nn.ModuleList(decoder.layers[i] for i in kept_layers)
+        first = kept_layers[0]
+        steps: list[nn.Module] = [BridgeStep(into[first])] if first in into else []
+        for i in kept_layers:
+            layer = decoder.layers[i]
+            steps += entered_through(into[i], layer) if i in into and i != first else [layer]
+        self.kept = nn.ModuleList(steps)
         self.norm = decoder.norm
+        if len(decoder.layers) in into:
+            *before, self.norm = entered_through(into[len(decoder.layers)], decoder.norm)
+            self.kept.extend(before)
         self._head: Callable[[torch.Tensor], torch.Tensor] = target.compute_logits
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -57,8 +81,7 @@ class SkipDraftModel(nn.Module):
         residual: torch.Tensor | None = None
         for layer in self.kept:
             hidden, residual = layer(positions, hidden, residual)
-        hidden, _ = self.norm(hidden, residual)
-        return hidden
+        return self.norm(hidden) if residual is None else self.norm(hidden, residual)[0]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The target's head, with its scaling and soft cap: [T, hidden] -> [T, vocab]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from sdfp_vllm.bridge_file import bridges_at
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import (
     AttentionLayerBase,
@@ -20,10 +21,12 @@ logger = init_logger(f"vllm.{__name__}")
 def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftModel, set[str]]:
     """Returns the draft over `target`'s own modules, and the names of the attention layers it runs.
 
-    Allocates no weight. The keep set comes from `vllm_config.speculative_config`, an SdfpConfig.
+    Allocates no weight but the plan's bridges. Keep set and bridges come from
+    `vllm_config.speculative_config`, an SdfpConfig.
 
     Raises:
-        SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V.
+        SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V, or
+            the bridges are no longer those the engine was started with.
     """
     config = vllm_config.speculative_config
     kept: list[int] = config.kept_layers  # type: ignore[union-attr]
@@ -50,13 +53,21 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
                     "Serve this model without SDFP.",
                 )
         drafting.update(names)
+    weight = next(target.parameters())
+    bridges = {
+        run: bridge.to(device=weight.device, dtype=vllm_config.model_config.dtype)
+        for run, bridge in bridges_at(config.model, config.bridges_sha256).items()  # type: ignore[union-attr]
+    }
     with set_model_tag("sdfp_draft"):
-        draft = SkipDraftModel(vllm_config=vllm_config, prefix="", target=target, kept_layers=kept)
+        draft = SkipDraftModel(
+            vllm_config=vllm_config, prefix="", target=target, kept_layers=kept, bridges=bridges
+        )
     logger.info(
-        "SDFP drafts %d tokens a round with %d of %d layers: %s",
+        "SDFP drafts %d tokens a round with %d of %d layers and %d bridges: %s",
         config.num_speculative_tokens,  # type: ignore[union-attr]
         len(kept),
         len(layers),
+        len(bridges),
         kept,
     )
     return draft, drafting
