@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sdfp_vllm.batch.command import batch_command
 from sdfp_vllm.demo.command import demo_command
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.generate import generate_command
@@ -25,7 +26,7 @@ class _Commands(TyperGroup):
             typer.secho(f"Error: {e}", fg="red", err=True)
             raise typer.Exit(2) from e
         except KeyboardInterrupt as e:
-            hint = " `--resume` goes on from here." if ctx.invoked_subcommand == "plan" else ""
+            hint = " `--resume` goes on from here." if ctx.invoked_subcommand in ("plan", "batch") else ""
             typer.secho(f"Interrupted.{hint}", fg="red", err=True)
             raise typer.Exit(INTERRUPTED) from e
 
@@ -155,6 +156,7 @@ def _plan_path(plan: str) -> Path:
 
 app.command("generate")(generate_command)
 app.command("demo")(demo_command)
+app.command("batch")(batch_command)
 
 
 def main() -> None:

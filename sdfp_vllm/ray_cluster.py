@@ -22,9 +22,9 @@ class RayOptions:
 
     Attributes:
         address: See `ray_cluster`.
-        workers: Actors with a copy of the model; None for one per GPU, on a cluster without
-            GPUs one per node.
-        gpus_per_worker: More than one splits the model over them, layer by layer.
+        workers: Actors with a copy of the model; None for as many as the GPUs allow, on a
+            cluster without GPUs one per node.
+        gpus_per_worker: GPUs that a copy of the model is split over.
     """
 
     address: str | None = None
@@ -117,3 +117,34 @@ def _unreachable(address: str, why: str) -> SdfpError:
         f"no Ray cluster can be reached at {address!r} ({why})",
         "Check it with `ray status --address HOST:PORT`; without --address a local cluster is started.",
     )
+
+
+def layout(nodes: list[dict[str, Any]], options: RayOptions) -> tuple[int, dict[str, float]]:
+    """How many workers, and what each asks Ray for: whole GPUs, or an equal share of the nodes' CPUs.
+
+    Ray gives a worker as many OpenMP threads as it asks CPUs.
+
+    Args:
+        nodes: As `ray.nodes()` lists them.
+
+    Returns:
+        The number of workers, and options of an actor.
+
+    Raises:
+        SdfpError: If no node has the GPUs that one worker needs.
+    """
+    resources = [n["Resources"] for n in nodes if n["Alive"]]
+    gpus = [int(r.get("GPU", 0)) for r in resources]
+    if any(gpus):
+        per_worker = options.gpus_per_worker
+        if max(gpus) < per_worker:
+            raise SdfpError(
+                "--gpus-per-worker",
+                f"is {per_worker}, the cluster's largest node has {max(gpus)}",
+                "Ask for fewer, or add a larger node.",
+            )
+        return options.workers or sum(g // per_worker for g in gpus), {"num_gpus": per_worker, "num_cpus": 1}
+    cpus = [c for r in resources if (c := int(r.get("CPU", 0)))]
+    workers = options.workers or max(len(cpus), 1)
+    fitting = [c for c in range(1, max(cpus, default=1) + 1) if sum(n // c for n in cpus) >= workers]
+    return workers, {"num_cpus": max(fitting, default=1)}

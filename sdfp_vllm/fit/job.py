@@ -11,7 +11,6 @@ import torch
 import transformers
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from sdfp_vllm import __version__
 from sdfp_vllm.errors import SdfpError
@@ -27,6 +26,7 @@ from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.plan import LayerScore, Provenance, SkipPlan, default_plan_dir
 from sdfp_vllm.ray_cluster import RayOptions
 from sdfp_vllm.source_tree import git_sha
+from sdfp_vllm.tokenizer import load_tokenizer
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKPOINT = ".fisher-partial.pt"
@@ -85,7 +85,7 @@ def make_plan(
     identity = fingerprint(model_dir)
     check_request(identity.num_layers, options.layers, options.draft_tokens)
     folder = _writable(out or default_plan_dir(identity))
-    tokenizer = _tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     # Text first: its errors are the user's to mend, and loading the weights may take minutes.
     calibration = _calibration(options, tokenizer, options.sequences, options.length, options.seed)
     # Drafts are tried on other text than the layers were scored on.
@@ -198,17 +198,6 @@ def _writable(folder: Path) -> Path:
             "Choose another folder with -o.",
         ) from e
     return folder
-
-
-def _tokenizer(model_dir: Path):
-    try:
-        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-    except Exception as e:  # every tokenizer library has its own exceptions
-        raise SdfpError(
-            f"model {model_dir}",
-            f"has no tokenizer that can be loaded ({type(e).__name__}: {e})",
-            "Save the tokenizer in the model's folder.",
-        ) from e
 
 
 def _device(options: PlanOptions) -> str:

@@ -23,7 +23,7 @@ from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.fit.fisher import fisher_sums
 from sdfp_vllm.fit.fisher_sums import Checkpoint, FisherSums, OrderedSums, checkpoint_key
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.ray_cluster import RayOptions, ray_cluster
+from sdfp_vllm.ray_cluster import RayOptions, layout, ray_cluster
 
 # A shard that has brought down this many workers would bring down the next as well.
 MAX_DEATHS = 3
@@ -117,7 +117,7 @@ class _Pool:
 
     def __init__(self, ray: ModuleType, job: FisherJob, options: RayOptions):
         self._ray, self._job = ray, job
-        self.size, resources = _layout(ray.nodes(), options)
+        self.size, resources = layout(ray.nodes(), options)
         self._actor = ray.remote(**resources)(FisherWorker)
         self.todo: deque[int] = deque()
         self._calls: dict[Any, tuple[Any, int | None]] = {}  # result -> (actor, window; None: loading)
@@ -173,7 +173,7 @@ class _Pool:
             work = "loading the model" if window is None else f"window {window}"
             raise SdfpError(
                 "--ray",
-                f"{MAX_DEATHS} workers in turn died at {work} ({str(why).strip().splitlines()[0]})",
+                f"{MAX_DEATHS} workers in turn died at {work} ({str(why).strip().splitlines()[-1].strip()})",
                 "Look into Ray's logs of the worker; out of memory, give --gpus-per-worker or fewer --workers. "
                 "--resume goes on from the windows that are finished.",
             ) from why
@@ -218,28 +218,6 @@ class FisherWorker:
     def window(self, ids: Tensor) -> FisherSums:
         """Sums of one window, int64 [1, T]."""
         return fisher_sums(self._stack, ids)
-
-
-def _layout(nodes: list[dict[str, Any]], options: RayOptions) -> tuple[int, dict[str, float]]:
-    """How many workers, and what each asks Ray for: whole GPUs, or an equal share of the nodes' CPUs.
-
-    Ray gives a worker as many OpenMP threads as it asks CPUs.
-    """
-    resources = [n["Resources"] for n in nodes if n["Alive"]]
-    gpus = [int(r.get("GPU", 0)) for r in resources]
-    if any(gpus):
-        per_worker = options.gpus_per_worker
-        if max(gpus) < per_worker:
-            raise SdfpError(
-                "--gpus-per-worker",
-                f"is {per_worker}, the cluster's largest node has {max(gpus)}",
-                "Ask for fewer, or add a larger node.",
-            )
-        return options.workers or sum(g // per_worker for g in gpus), {"num_gpus": per_worker, "num_cpus": 1}
-    cpus = [c for r in resources if (c := int(r.get("CPU", 0)))]
-    workers = options.workers or max(len(cpus), 1)
-    fitting = [c for c in range(1, max(cpus, default=1) + 1) if sum(n // c for n in cpus) >= workers]
-    return workers, {"num_cpus": max(fitting, default=1)}
 
 
 def _worker_failed(error: Any) -> SdfpError:

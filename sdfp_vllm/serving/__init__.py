@@ -1,1 +1,5 @@
-"""Ray: serving replicas and batch inference."""
+"""Serving on Ray: `serve run sdfp_vllm.serving:app model=MODEL`."""
+
+from sdfp_vllm.serving.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,42 @@
+"""A plan on its way to other machines."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
+from sdfp_vllm.plan import BRIDGE_FILE, PLAN_FILE, default_plan_dir, load_plan
+
+
+@dataclass(frozen=True)
+class PlanParcel:
+    """A plan folder's content, carried in the arguments of actors: nodes need share no disk for it."""
+
+    files: dict[str, bytes]
+
+    @classmethod
+    def read(cls, model: str, plan: str | None) -> PlanParcel:
+        """Reads a plan folder, or for None the model's default one.
+
+        Raises:
+            PlanError: If there is none, or it is damaged or of another model.
+        """
+        target = fingerprint(resolve_model_dir(model))
+        folder = Path(plan) if plan else default_plan_dir(target)
+        folder = folder.parent if folder.name == PLAN_FILE else folder
+        load_plan(folder, expected=target)
+        present = [name for name in (PLAN_FILE, BRIDGE_FILE) if (folder / name).is_file()]
+        return cls({name: (folder / name).read_bytes() for name in present})
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole content."""
+        return hashlib.sha256(b"".join(self.files.values())).hexdigest()
+
+    def write(self, folder: Path) -> Path:
+        """Writes the files into `folder` and returns it."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        return folder

@@ -1,0 +1,46 @@
+"""`sdfp_vllm.serving:app`: a Ray Serve application of engine replicas behind one gateway."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import cluster_resources, serve
+from ray.serve import Application
+
+from sdfp_vllm.plan_parcel import PlanParcel
+from sdfp_vllm.serving.engine import Engine
+from sdfp_vllm.serving.gateway import Gateway
+from sdfp_vllm.serving.settings import ServingArgs
+
+# Any of it can be set otherwise under `deployments` of a Serve config file.
+_SCALING = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16}
+_HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 30}
+
+
+def app(args: ServingArgs) -> Application:
+    """Builds the application; the plan is read here, once, and travels in the replicas' arguments.
+
+    Raises:
+        SdfpError: If there is no usable plan, or vLLM does not know an engine setting.
+    """
+    from sdfp_vllm.integration.openai_app import serve_arguments
+
+    plan = PlanParcel.read(args.model, args.plan)
+    parallel = serve_arguments(args.model, args.engine).tensor_parallel_size
+    engines = serve.deployment(
+        Engine,
+        name="Engine",
+        ray_actor_options=_resources(parallel),
+        autoscaling_config=_SCALING,
+        max_ongoing_requests=256,  # vLLM batches and queues by itself
+        **_HEALTH,
+    )
+    gateway = serve.deployment(
+        Gateway, name="Gateway", max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}, **_HEALTH
+    )
+    return gateway.bind(engines.bind(args, plan))
+
+
+def _resources(gpus: int) -> dict[str, Any]:
+    """What a replica asks Ray for: a GPU for each rank, or a CPU where the cluster has no GPU."""
+    return {"num_gpus": gpus, "num_cpus": 1} if cluster_resources().get("GPU") else {"num_cpus": 1}

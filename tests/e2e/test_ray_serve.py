@@ -1,0 +1,165 @@
+"""`serve run` with two replicas, as a user starts it, under concurrent streams of the `openai` client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from engines import engine, write_plan
+
+import sdfp_vllm.demo
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
+MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+PROMPTS = ["import os\n\n\ndef main(", "class Node:\n    def __init__(self", "for i in range("]
+TOKENS = 400
+REPLICA = "ray::ServeReplica:sdfp:Engine"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def replicas(server: subprocess.Popen) -> list[psutil.Process]:
+    """The engine replicas' processes."""
+    found = []
+    for process in psutil.Process(server.pid).children(recursive=True):
+        try:
+            if process.name().startswith(REPLICA[:15]) and process.cmdline()[:1] == [REPLICA]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(what: str, true, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not in {seconds} s: {what}"
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[str]:
+    from vllm import SamplingParams
+
+    with engine(MODEL) as llm:
+        outputs = llm.generate(
+            PROMPTS, SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True), use_tqdm=False
+        )
+        return [o.outputs[0].text for o in outputs]
+
+
+@pytest.fixture(scope="module")
+def server(plain, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The repository's own Serve config, with another port, a plan made by hand and one process per engine less."""
+    folder = tmp_path_factory.mktemp("serve")
+    config = yaml.safe_load((ROOT / "examples" / "ray_serve.yaml").read_text())
+    port = config["http_options"]["port"] = free_port()
+    args = config["applications"][0]["args"]
+    args["plan"] = write_plan(MODEL, folder / "plan", [0, 5, 15], k=3)
+    args["engine"]["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    log = folder / "log"
+    command = [
+        str(Path(sys.executable).parent / "serve"),
+        "run",
+        str(folder / "serve.yaml"),
+        "--address",
+        "local",
+    ]
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as f:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f, start_new_session=True)
+
+    def up() -> bool:
+        assert process.poll() is None, log.read_text()[-4000:]
+        return "is ready at" in log.read_text()
+
+    try:
+        wait_until("two replicas are up", up)
+        yield process, f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        finally:
+            for left in (
+                [process, *psutil.Process(process.pid).children(True)] if process.poll() is None else []
+            ):
+                left.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from openai import OpenAI
+
+    return OpenAI(base_url=server[1], api_key="none", max_retries=0, timeout=300)
+
+
+def stream(client, i: int, first: threading.Event | None = None, go_on: threading.Event | None = None) -> str:
+    """Streams prompt `i`; sets `first` after the first piece, then waits for `go_on`."""
+    text = ""
+    request = dict(model="demo", prompt=PROMPTS[i % 3], max_tokens=TOKENS, temperature=0.0, stream=True)
+    request["extra_body"] = {"ignore_eos": True}
+    for chunk in client.completions.create(**request):
+        text += chunk.choices[0].text
+        if first and not first.is_set():
+            first.set()
+            go_on.wait(60)
+    return text
+
+
+def test_concurrent_streams_equal_plain_vllm(client, plain):
+    with ThreadPoolExecutor(6) as pool:
+        texts = list(pool.map(lambda i: stream(client, i), range(12)))
+    assert texts == plain * 4
+
+
+def test_errors_keep_vllms_form(client):
+    from openai import NotFoundError
+
+    with pytest.raises(NotFoundError, match="does not exist"):
+        client.completions.create(model="another", prompt="x")
+
+
+def test_a_killed_replica_takes_only_its_own_streams_with_it(server, client, plain):
+    """SIGKILL to one of two replicas while eight clients stream; four more come right after."""
+    from openai import APIError
+
+    before = replicas(server[0])
+    assert len(before) == 2
+    firsts, go_on = [threading.Event() for _ in range(8)], threading.Event()
+    with ThreadPoolExecutor(12) as pool:
+        running = [pool.submit(stream, client, i, first, go_on) for i, first in enumerate(firsts)]
+        for first in firsts:
+            assert first.wait(120)
+        before[0].kill()
+        go_on.set()
+        later = [pool.submit(stream, client, i) for i in range(4)]
+        assert [f.result() for f in later] == [plain[i % 3] for i in range(4)]
+        lost = 0
+        for i, future in enumerate(running):
+            try:
+                assert future.result() == plain[i % 3]
+            except APIError as e:
+                assert "the replica that was answering died" in str(e)
+                lost += 1
+    assert 1 <= lost < 8
+    wait_until("the replica is replaced", lambda: len(replicas(server[0])) == 2, 60)

@@ -1,0 +1,82 @@
+"""The gateway before replicas that die at every point of an answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("ray.serve")
+
+from ray.exceptions import ActorDiedError
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from sdfp_vllm.serving.gateway import ATTEMPTS, Gateway
+
+EVENTS = [b'data: {"choices": []}\n\n', b"data: [DONE]\n\n"]
+
+
+class Replicas:
+    """Stands in for a deployment handle; `deaths[i]` is after how many messages the i-th call's replica dies."""
+
+    def __init__(self, deaths: list[int], content_type: str = "text/event-stream; charset=utf-8"):
+        self.deaths, self.seen = iter(deaths), []
+        self.messages = [
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", content_type.encode())],
+            },
+            *({"type": "http.response.body", "body": body, "more_body": True} for body in EVENTS),
+        ]
+
+    def options(self, **_):
+        return self
+
+    @property
+    def relay(self):
+        return self
+
+    async def remote(self, scope, body):
+        self.seen.append((scope["path"], scope["query_string"], body))
+        death = next(self.deaths, None)
+        for i, message in enumerate(self.messages):
+            if i == death:
+                raise ActorDiedError()
+            yield message
+
+
+def post(replicas: Replicas):
+    app = Starlette(routes=[Route("/{path:path}", Gateway(replicas).__call__, methods=["POST"])])
+    return TestClient(app).post("/v1/completions?a=1", content=b'{"prompt": "x"}')
+
+
+@pytest.mark.parametrize("deaths", [[], [0], [1], [0, 1]])
+def test_before_a_byte_is_answered_another_replica_takes_over(deaths):
+    replicas = Replicas(deaths)
+    response = post(replicas)
+    assert response.status_code == 200 and response.content == b"".join(EVENTS)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert replicas.seen == [("/v1/completions", b"a=1", b'{"prompt": "x"}')] * (len(deaths) + 1)
+
+
+def test_a_stream_that_breaks_off_says_so():
+    response = post(Replicas([2]))
+    assert response.content.startswith(EVENTS[0])
+    event = response.content.removeprefix(EVENTS[0]).split(b"\n\n")[0]
+    assert "incomplete" in json.loads(event.removeprefix(b"data: "))["error"]["message"]
+    assert response.content.endswith(EVENTS[1])
+
+
+def test_an_answer_that_is_no_stream_is_never_passed_off_as_whole():
+    with pytest.raises(ActorDiedError):
+        post(Replicas([2], "application/json"))
+
+
+def test_after_enough_deaths_the_client_is_told():
+    replicas = Replicas([0] * ATTEMPTS)
+    response = post(replicas)
+    assert response.status_code == 503 and "replicas in turn died" in response.json()["error"]["message"]
+    assert len(replicas.seen) == ATTEMPTS
