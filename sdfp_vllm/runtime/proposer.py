@@ -169,6 +169,21 @@ class SdfpProposer(DraftModelProposer):
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
         return torch.stack(drafted, dim=1)
 
+    def _sample_draft_tokens(
+        self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Upstream's, but a request with a seed draws its drafts from its own generator, so that it repeats.
+
+        Returns:
+            int64 [batch] tokens, and their distributions, float32 [batch, vocabulary], where sampled.
+        """
+        tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        if probs is not None:
+            for row, generator in sampling_metadata.generators.items():
+                noise = torch.empty_like(probs[row]).exponential_(generator=generator)
+                tokens[row] = (probs[row] / noise).argmax()
+        return tokens, probs
+
     def _decode_metadata(
         self, cad: CommonAttentionMetadata, batch: int, num_rejected: torch.Tensor | None
     ) -> dict[int, CommonAttentionMetadata]:
