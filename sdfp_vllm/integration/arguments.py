@@ -79,7 +79,8 @@ def sdfp_settings(args: Any) -> dict[str, Any] | None:
     SDFP is asked for by method "sdfp", by model "sdfp", or by a model that is a plan folder.
 
     Raises:
-        SdfpError: If a flag and --speculative-config say the same thing twice.
+        SdfpError: If a flag and --speculative-config say the same thing twice, or an SDFP model is
+            given to another method.
     """
     settings = {k.replace("-", "_"): v for k, v in (args.speculative_config or {}).items()}
     flags = {
@@ -89,7 +90,14 @@ def sdfp_settings(args: Any) -> dict[str, Any] | None:
     }
     merged = {**settings, **{key: value for key, (_, value) in flags.items() if value is not None}}
     method, model = merged.get("method"), merged.get("model")
-    if method != METHOD and not (method is None and (model == METHOD or _is_plan(model))):
+    ours = model == METHOD or _is_plan(model)
+    if method not in (None, METHOD) and ours:
+        raise SdfpError(
+            f"speculative method {method!r}",
+            f"cannot draft with {model!r}, which asks for SDFP",
+            f"Leave the method out, or give {method!r} a model of its own.",
+        )
+    if method != METHOD and not ours:
         return None
     for key, (flag, value) in flags.items():
         if value is not None and key in settings:

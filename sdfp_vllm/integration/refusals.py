@@ -24,10 +24,22 @@ CHECKS: list[_Check] = [
         "Leave it at 1.",
     ),
     (
+        "--prefill-context-parallel-size",
+        lambda args, model, parallel: getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "above 1 splits the KV cache the draft shares with the target",
+        "Leave it at 1.",
+    ),
+    (
         "--kv-transfer-config",
         lambda args, model, parallel: getattr(args, "kv_transfer_config", None) is not None,
         "moves KV blocks between engines, and those of draft positions must not leave this one",
         "Serve without a KV connector.",
+    ),
+    (
+        "--kv-offloading-size",
+        lambda args, model, parallel: getattr(args, "kv_offloading_size", None) is not None,
+        "moves KV blocks through a connector, and those of draft positions must not leave the engine",
+        "Leave it out.",
     ),
     (
         "--enable-eplb",

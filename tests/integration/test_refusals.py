@@ -48,7 +48,7 @@ def no_plans_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("SDFP_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def configure(model: Path, *flags: str) -> Any:
+def configure(model: Path | str, *flags: str) -> Any:
     """What `vllm serve MODEL FLAGS` does up to the engine's configuration, which comes before any weight."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
@@ -60,7 +60,7 @@ def configure(model: Path, *flags: str) -> Any:
     return EngineArgs.from_cli_args(args).create_engine_config()
 
 
-def refused(model: Path, *flags: str) -> SdfpError:
+def refused(model: Path | str, *flags: str) -> SdfpError:
     with pytest.raises(SdfpError) as caught:
         configure(model, *flags)
     assert str(caught.value) == f"{caught.value.where}: {caught.value.what}. {caught.value.way_out}"
@@ -92,6 +92,7 @@ def test_the_same_command_without_a_mistake_is_taken(model, its_plan):
             "--kv-transfer-config",
             "without a KV connector",
         ),
+        (["--kv-offloading-size", "1"], "--kv-offloading-size", "Leave it out"),
         (["--enable-lora"], "--enable-lora", "Merge the adapter"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
@@ -101,15 +102,24 @@ def test_feature(model, its_plan, flags, where, way_out):
     assert error.where == where and way_out in error.way_out
 
 
-def test_expert_load_balancing(model):
-    """The CPU platform refuses the flag by itself, so the check is asked directly."""
+@pytest.mark.parametrize(
+    ("asked", "flag"),
+    [
+        (dict(enable_eplb=True), "--enable-eplb"),
+        (dict(prefill_context_parallel_size=2), "--prefill-context-parallel-size"),
+    ],
+    ids=["eplb", "prefill context"],
+)
+def test_feature_that_the_cpu_platform_refuses_by_itself(asked, flag):
+    """So the check is asked directly."""
     from types import SimpleNamespace
 
     from sdfp_vllm.integration.refusals import refuse_unsupported
 
-    parallel = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1, enable_eplb=True)
-    with pytest.raises(SdfpError, match=r"--enable-eplb: cannot be used with SDFP.*Leave it off"):
+    parallel = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1, **asked)
+    with pytest.raises(SdfpError, match=rf"{flag}: cannot be used with SDFP.*Leave it") as caught:
         refuse_unsupported(SimpleNamespace(), SimpleNamespace(), parallel)
+    assert caught.value.where == flag
 
 
 # ---------------------------------------------------------------- models
@@ -134,8 +144,18 @@ def test_expert_load_balancing(model):
             ),
             "has layers with recurrent state",
         ),
+        (
+            dict(
+                architectures=["FalconH1ForCausalLM"],
+                model_type="falcon_h1",
+                mamba_d_ssm=192,
+                mamba_n_heads=6,
+                mamba_d_head=32,
+            ),
+            "has layers with recurrent state",
+        ),
     ],
-    ids=["encoder-decoder", "mrope", "mamba"],
+    ids=["encoder-decoder", "mrope", "mamba", "hybrid"],
 )
 def test_model(target, tmp_path, changes, why):
     other = model_folder(tmp_path / "model", target, **changes)
@@ -185,6 +205,19 @@ def test_setting_given_twice(model, flags, named):
     settings = json.dumps({"method": "sdfp", **named})
     error = refused(model, "--speculative-config", settings, *flags)
     assert error.where == flags[0] and error.way_out == "Give it once."
+
+
+@pytest.mark.parametrize("model_is", ["sdfp", "a plan"])
+def test_another_method_with_our_model(model, its_plan, model_is):
+    """Not handed to that method, which may ignore the model and never say so."""
+    speculative_model = its_plan if model_is == "a plan" else "sdfp"
+    error = refused(model, "--speculative-model", speculative_model, "--spec-method", "ngram")
+    assert error.where == "speculative method 'ngram'" and "Leave the method out" in error.way_out
+
+
+def test_flags_without_sdfp_are_upstreams(model):
+    config = configure(model, "--spec-method", "ngram", "--num-speculative-tokens", "2")
+    assert config.speculative_config.method == "ngram"
 
 
 @pytest.mark.parametrize("name", ["draft_tensor_parallel_size", "prompt_lookup_max", "colour"])
@@ -243,6 +276,28 @@ def test_plan_for_other_weights_of_the_same_shape(target, plan, tmp_path):
     (tuned / "model.safetensors").write_bytes(weights)
     error = refused(tuned, "--speculative-model", plan)
     assert isinstance(error, PlanError) and "sha256 is" in error.what and "num_layers" not in error.what
+
+
+def test_plan_for_another_revision(model, target, tmp_path, monkeypatch):
+    """A model by its id, two revisions in the local cache of Hugging Face, a plan for one of them."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--model"
+    for name, digit in (("main", "a"), ("older", "b")):
+        snapshot = repository / "snapshots" / (digit * 40)
+        model_folder(snapshot, target)
+        weights = bytearray((target / "model.safetensors").read_bytes())
+        weights[len(weights) // 2] ^= ord(digit)
+        (snapshot / "model.safetensors").write_bytes(weights)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(digit * 40)
+    plan = write_plan(repository / "snapshots" / ("a" * 40), tmp_path / "plan", [0, 1], k=2)
+    config = configure("someone/model", "--speculative-model", plan)
+    assert config.speculative_config.method == "sdfp"
+    error = refused("someone/model", "--speculative-model", plan, "--revision", "older")
+    assert isinstance(error, PlanError) and "sha256 is" in error.what
+    assert "`sdfp plan MODEL`" in error.way_out
 
 
 @pytest.mark.parametrize(

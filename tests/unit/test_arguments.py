@@ -35,7 +35,7 @@ def test_every_way_to_ask(given):
         args(),
         args({"method": "ngram", "num_speculative_tokens": 3}),
         args(model="org/draft", tokens=3),
-        args({"method": "draft_model", "model": "sdfp"}),
+        args({"method": "draft_model", "model": "./sdfp"}),
     ],
 )
 def test_other_methods_are_left_alone(given):
@@ -47,6 +47,13 @@ def test_a_plan_folder_is_enough(tmp_path):
     want = {"method": "sdfp", "model": str(tmp_path), "num_speculative_tokens": 2}
     assert sdfp_settings(args(model=str(tmp_path), tokens=2)) == want
     assert sdfp_settings(args({"model": str(tmp_path), "num-speculative-tokens": 2})) == want
+
+
+def test_another_method_with_our_model_is_refused(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    for model in ("sdfp", str(tmp_path)):
+        with pytest.raises(SdfpError, match=r"'draft_model': cannot draft with .*Leave the method out"):
+            sdfp_settings(args({"method": "draft_model", "model": model}))
 
 
 def test_the_same_setting_twice_is_refused():
