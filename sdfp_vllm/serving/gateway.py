@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -33,29 +33,31 @@ class Gateway:
         scope |= {"asgi": {"version": "3.0"}, "root_path": "", "client": tuple(request.client or ("", 0))}
         body = await request.body()
         for _ in range(ATTEMPTS):
-            messages = aiter(self._engines.relay.remote(scope, body))
+            answer = self._engines.relay.remote(scope, body)
             try:
-                start, first = await anext(messages), await anext(messages)
+                start, first = await anext(answer), await anext(answer)
             except RayActorError:
                 continue
             headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in start["headers"]}
-            return StreamingResponse(_bodies(first, messages, headers), start["status"], headers)
+            return StreamingResponse(_bodies(first, answer, headers), start["status"], headers)
         return JSONResponse(_error(f"{ATTEMPTS} replicas in turn died before they answered"), 503)
 
 
 async def _bodies(
-    first: Message, rest: AsyncIterator[Message], headers: dict[str, str]
+    first: Message, answer: DeploymentResponseGenerator, headers: dict[str, str]
 ) -> AsyncIterator[bytes]:
     """The answer's pieces; a stream of events that breaks off ends with an event that says so."""
-    yield first.get("body", b"")
     try:
-        async for message in rest:
+        yield first.get("body", b"")
+        async for message in answer:
             yield message.get("body", b"")
     except RayActorError:
         if not headers.get("content-type", "").startswith("text/event-stream"):
             raise  # the connection breaks off, short of the length its header promised
         error = _error("the replica that was answering died; what was sent so far is incomplete")
         yield f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode()
+    finally:
+        answer.cancel()  # a client that leaves in the middle takes its request off the engine
 
 
 def _error(message: str) -> dict[str, Any]:

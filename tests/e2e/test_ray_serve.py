@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,6 +139,20 @@ def test_errors_keep_vllms_form(client):
 
     with pytest.raises(NotFoundError, match="does not exist"):
         client.completions.create(model="another", prompt="x")
+
+
+def test_a_client_that_leaves_takes_its_request_off_the_engine(server, client):
+    request = dict(model="demo", prompt=PROMPTS[0], max_tokens=TOKENS, temperature=0.0, stream=True)
+    with client.completions.create(**request, extra_body={"ignore_eos": True}) as answer:
+        next(iter(answer))
+
+    def aborted() -> bool:
+        """Asks whichever replica the gateway picks."""
+        page = urllib.request.urlopen(server[1].removesuffix("/v1") + "/metrics").read().decode()
+        counts = re.findall(r'^vllm:request_success_total\{.*finished_reason="abort".*\} (\S+)$', page, re.M)
+        return any(float(c) > 0 for c in counts)
+
+    wait_until("the request is aborted", aborted, 60)
 
 
 def test_a_killed_replica_takes_only_its_own_streams_with_it(server, client, plain):

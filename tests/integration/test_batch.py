@@ -21,7 +21,6 @@ MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
 ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 8}
 ENGINE |= {"distributed_executor_backend": "uni"}
 ROWS = [{"id": f"row {i}", "prompt": f"def function_{i}(", "max_tokens": 8 + i % 5} for i in range(24)]
-ACTOR = "ray::MapWorker(MapBatches(BatchEngine))"
 
 
 @pytest.fixture(scope="module")

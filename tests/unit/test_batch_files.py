@@ -55,7 +55,7 @@ GOOD = '{"prompt": "x"}'
     ("line", "reason"),
     [
         ("{", "Invalid JSON"),
-        ("[]", "valid"),
+        ("[]", "should be an object"),
         ("{}", "a prompt or messages"),
         ('{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "one of the two"),
         ('{"prompt": ""}', "prompt: String should have at least 1"),

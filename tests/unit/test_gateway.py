@@ -39,13 +39,28 @@ class Replicas:
     def relay(self):
         return self
 
-    async def remote(self, scope, body):
+    def remote(self, scope, body):
         self.seen.append((scope["path"], scope["query_string"], body))
-        death = next(self.deaths, None)
-        for i, message in enumerate(self.messages):
-            if i == death:
-                raise ActorDiedError()
-            yield message
+        return Answer(self.messages, next(self.deaths, None))
+
+
+class Answer:
+    def __init__(self, messages: list[dict], death: int | None):
+        self.messages, self.death = enumerate(messages), death
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        i, message = next(self.messages, (None, None))
+        if message is None:
+            raise StopAsyncIteration
+        if i == self.death:
+            raise ActorDiedError()
+        return message
+
+    def cancel(self):
+        pass
 
 
 def post(replicas: Replicas):
