@@ -7,15 +7,16 @@ from sdfp_vllm.integration.upstream import TRIED_VERSIONS, CUDAGraphMode, VllmCo
 
 try:
     from vllm.forward_context import BatchDescriptor
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
     from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
     from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
-    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
-        TargetDependentARSpeculator,
-        prepare_decode_inputs,
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+        SpeculatorBatchDescriptor,
+        SpeculatorCudaGraphManager,
     )
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
 except ImportError as e:
     raise SdfpError(
         f"vLLM symbol {e.name}",
@@ -29,11 +30,12 @@ __all__ = [
     "DPSyncState",
     "DraftModelSpeculator",
     "InputBatch",
+    "SpeculatorBatchDescriptor",
     "SpeculatorCudaGraphManager",
     "TargetDependentARSpeculator",
     "VllmConfig",
+    "build_dynamic_sd_schedule_lookup",
     "build_slot_mappings_by_layer",
     "dispatch_cg_and_sync_dp",
-    "prepare_decode_inputs",
     "set_forward_context",
 ]

@@ -21,14 +21,15 @@ from sdfp_vllm.integration.upstream_v2 import (
     DPSyncState,
     DraftModelSpeculator,
     InputBatch,
-    SpeculatorCudaGraphManager,
     TargetDependentARSpeculator,
     VllmConfig,
     build_slot_mappings_by_layer,
     dispatch_cg_and_sync_dp,
-    prepare_decode_inputs,
     set_forward_context,
 )
+from sdfp_vllm.kernels.draft_begin import draft_begin
+from sdfp_vllm.kernels.draft_step import DraftWorkspace, KvSlots, draft_step
+from sdfp_vllm.runtime.draft_graphs import DraftGraphManager
 from sdfp_vllm.runtime.load import load_draft
 
 
@@ -40,6 +41,8 @@ class SdfpSpeculator(TargetDependentARSpeculator):
         # Drafts are fed by tokens alone: of upstream's hidden-state buffer only a width of 0 is left.
         self.hidden_states = self.hidden_states[: self.max_num_reqs, :0].clone()
         self._drafting: set[str] = set()
+        self._slots = _no_slots(self.max_num_reqs, device)
+        self._workspace = DraftWorkspace(self.max_num_reqs, self.vocab_size, device)
 
     # ------------------------------------------------------------ set-up
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -60,6 +63,11 @@ class SdfpSpeculator(TargetDependentARSpeculator):
             super().set_attn(*args, **kwargs)
         finally:
             self.draft_attn_layer_names = set()
+        self._slots = KvSlots(
+            tuple(table.gpu for table in self.block_tables.block_tables),
+            tuple(self.block_tables.block_sizes),
+            self.block_tables.slot_mappings,
+        )
 
     def _configure_decode_metadata_update(self) -> None:
         # Upstream has nothing to update at one draft token, its first being a prefill; here it is a decode.
@@ -68,7 +76,7 @@ class SdfpSpeculator(TargetDependentARSpeculator):
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """One manager, for decode steps: FULL graphs where the target has them, else none."""
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
-        self.decode_cudagraph_manager = SpeculatorCudaGraphManager(
+        self.decode_cudagraph_manager = DraftGraphManager(
             self.vllm_config,
             self.device,
             CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE,
@@ -78,7 +86,7 @@ class SdfpSpeculator(TargetDependentARSpeculator):
     def capture(self) -> None:
         """Captures all k steps as one graph, or one step as a graph, for each batch size."""
         assert self.decode_cudagraph_manager is not None
-        self.idx_mapping.zero_()  # stale rows of earlier dummy runs may lie out of bounds
+        self.idx_mapping.fill_(-1)  # while warming up and recording, no row is anyone's
         fused = self.supports_decode_metadata_update
         self.decode_cudagraph_manager.capture(
             self._generate_fused_drafts if fused else self._generate_draft,
@@ -126,13 +134,22 @@ class SdfpSpeculator(TargetDependentARSpeculator):
             int64 [num_reqs, configured k]; columns from k on are not meant to be read.
         """
         num_reqs = input_batch.num_reqs
+        if dummy_run and dp_sync_state is not None:
+            num_reqs = min(num_reqs, dp_sync_state.num_reqs)  # what the ranks agreed on
         k = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         if k == 0:
             return self.draft_tokens[:num_reqs].fill_(-1)
         longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         self.draft_max_seq_len = min(longest + k, self.max_model_len)
         self._begin(
-            input_batch, num_sampled, num_rejected, last_sampled, temperature, seeds, dummy_run=dummy_run
+            num_reqs,
+            input_batch,
+            num_sampled,
+            num_rejected,
+            last_sampled,
+            temperature,
+            seeds,
+            dummy_run=dummy_run,
         )
 
         sync, num_tokens = None, num_reqs
@@ -165,6 +182,7 @@ class SdfpSpeculator(TargetDependentARSpeculator):
 
     def _begin(
         self,
+        num_reqs: int,
         input_batch: InputBatch,
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
@@ -173,24 +191,88 @@ class SdfpSpeculator(TargetDependentARSpeculator):
         seeds: torch.Tensor,
         dummy_run: bool,
     ) -> None:
-        """Fills the input buffers of draft step 0: the sampled token of each request at P + 1."""
-        num_reqs = input_batch.num_reqs
-        idx = input_batch.idx_mapping[:num_reqs]
-        # -1 marks a row that samples nothing and writes no K/V.
-        drafting = torch.where(num_sampled[:num_reqs] > 0, idx, torch.full_like(idx, -1))
-        self._copy_request_inputs(num_reqs, drafting, temperature, seeds, dummy_run=dummy_run)
-        last = input_batch.query_start_loc[1 : num_reqs + 1] - 1 - num_rejected[:num_reqs]
-        positions = input_batch.positions[last.long()]
-        self.input_buffers.positions[:num_reqs] = positions
-        self.sample_src_positions[:num_reqs] = positions
-        prepare_decode_inputs(  # moves every request one position on
-            last_sampled.view(-1)[idx.long()],
-            input_batch.seq_lens,
+        """Fills the buffers draft step 0 reads: the sampled token of each request at P + 1, and its slots."""
+        buffers = self.input_buffers
+        idx_mapping = input_batch.idx_mapping[:num_reqs]
+        draft_begin(
+            torch.full_like(idx_mapping, -1) if dummy_run else idx_mapping,
+            num_sampled,
             num_rejected,
-            self.input_buffers,
-            self.sample_src_positions,
+            last_sampled.view(-1),
+            input_batch.query_start_loc,
+            input_batch.positions,
+            input_batch.seq_lens,
+            self.idx_mapping,
+            buffers.input_ids,
+            buffers.positions,
+            buffers.seq_lens,
+            buffers.query_start_loc,
+            self._slots,
             self.max_model_len,
-            self.max_num_reqs,
+        )
+        self.temperature.copy_(temperature)
+        self.seeds.copy_(seeds)
+        if self._samples_upstream:
+            self.sample_src_positions.copy_(buffers.positions[: self.max_num_reqs])
+
+    @property
+    def _samples_upstream(self) -> bool:
+        """Whether a feature is on whose sampling vLLM's own kernels do: watermarks, acceptance estimates, ..."""
+        return bool(
+            self.draft_watermarker
+            or self.acceptance_estimator
+            or self.use_local_argmax_reduction
+            or (self.use_fp64_gumbel and self.draft_logits is not None)
+        )
+
+    def _generate_draft(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int,
+    ) -> None:
+        """One draft step: forward, sample, and move every request and its slots one position on."""
+        buffers = self.input_buffers
+        if self._samples_upstream:
+            super()._generate_draft(
+                num_reqs,
+                num_tokens_padded,
+                attn_metadata,
+                slot_mappings,
+                num_tokens_across_dp,
+                cudagraph_runtime_mode,
+                num_speculative_steps,
+            )
+            if attn_metadata is not None:
+                self.block_tables.compute_slot_mappings(
+                    self.idx_mapping[:num_reqs],
+                    buffers.query_start_loc[: num_reqs + 1],
+                    buffers.positions[:num_reqs],
+                    num_tokens_padded,
+                )
+            return
+        hidden, _ = self._run_model(
+            num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
+        )
+        sampling = self.draft_logits is not None
+        draft_step(
+            self.compute_draft_logits(hidden[:num_reqs], 0),
+            self.idx_mapping[:num_reqs],
+            self.temperature if sampling else None,
+            self.seeds if sampling else None,
+            self.current_draft_step,
+            buffers.positions,
+            buffers.seq_lens,
+            buffers.input_ids,
+            self.draft_tokens,
+            self._slots,
+            self.max_model_len,
+            self._workspace,
+            self.draft_logits,
         )
 
     def _multi_step_decode(
@@ -203,19 +285,11 @@ class SdfpSpeculator(TargetDependentARSpeculator):
         num_speculative_steps: int,
     ) -> None:
         """All k steps with attention metadata built anew for each."""
-        idx_mapping = self.idx_mapping[:num_reqs]
         metadata = slots = None
+        if not skip_attn:
+            slots = self._slots_by_layer(batch_desc.num_tokens)
         for step in range(num_speculative_steps):
             if not skip_attn:
-                slots = build_slot_mappings_by_layer(
-                    self.block_tables.compute_slot_mappings(
-                        idx_mapping,
-                        self.input_buffers.query_start_loc[: num_reqs + 1],
-                        self.input_buffers.positions[:num_reqs],
-                        batch_desc.num_tokens,
-                    ),
-                    self.kv_cache_config,
-                )
                 metadata = self._build_uniform_attn_metadata(
                     num_reqs=num_reqs,
                     batch_desc=batch_desc,
@@ -238,6 +312,51 @@ class SdfpSpeculator(TargetDependentARSpeculator):
                 num_speculative_steps,
             )
 
+    def _fused_multi_step_decode(
+        self,
+        num_reqs: int,
+        skip_attn: bool,
+        batch_desc: Any,
+        num_tokens_across_dp: torch.Tensor | None,
+        seq_lens_cpu_upper_bound: torch.Tensor,
+        num_speculative_steps: int,
+    ) -> None:
+        """All k steps on attention metadata built once and refreshed on the device."""
+        if batch_desc.cg_mode == CUDAGraphMode.FULL:
+            for groups in self.attn_groups:
+                for group in groups:
+                    group.map_to_kernel_block_table(
+                        self.block_tables.input_block_tables[group.kv_cache_group_id]
+                    )
+            assert self.decode_cudagraph_manager is not None
+            self.decode_cudagraph_manager.run_fullgraph(batch_desc)
+            return
+        metadata = slots = None
+        if not skip_attn:
+            slots = self._slots_by_layer(batch_desc.num_tokens)
+            metadata = self._build_uniform_attn_metadata(
+                num_reqs=num_reqs,
+                batch_desc=batch_desc,
+                num_query_per_req=1,
+                seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
+                step=1,
+            )
+        self._generate_fused_drafts(
+            num_reqs,
+            batch_desc.num_tokens,
+            metadata,
+            slots,
+            num_tokens_across_dp,
+            batch_desc.cg_mode,
+            num_speculative_steps,
+        )
+
+    def _slots_by_layer(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """Views of the slot buffers, int64 [num_tokens], which every draft step fills for the next."""
+        return build_slot_mappings_by_layer(
+            self.block_tables.slot_mappings[:, :num_tokens], self.kv_cache_config
+        )
+
     def _generate_fused_drafts(
         self,
         num_reqs: int,
@@ -251,12 +370,6 @@ class SdfpSpeculator(TargetDependentARSpeculator):
         """All k steps without the host: positions, slots and attention metadata advance on the device."""
         for step in range(num_speculative_steps):
             if attn_metadata is not None:
-                self.block_tables.compute_slot_mappings(
-                    self.idx_mapping[:num_reqs],
-                    self.input_buffers.query_start_loc[: num_reqs + 1],
-                    self.input_buffers.positions[:num_reqs],
-                    num_tokens_padded,
-                )
                 self._update_draft_decode_metadata(attn_metadata, num_reqs)
             self.current_draft_step.fill_(step)
             self._generate_draft(
@@ -294,3 +407,12 @@ class SdfpSpeculator(TargetDependentARSpeculator):
                 positions=self.input_buffers.positions[:num_tokens],
             )
         return hidden, hidden[:, :0]
+
+
+def _no_slots(rows: int, device: torch.device) -> KvSlots:
+    """What stands in for the KV cache while memory is profiled, before there is one."""
+    return KvSlots(
+        (torch.zeros(1, 1, dtype=torch.int32, device=device),),
+        (1,),
+        torch.zeros(1, rows, dtype=torch.int64, device=device),
+    )
