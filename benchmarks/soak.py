@@ -1,11 +1,15 @@
 """A bounded soak of `vllm serve` with SDFP on loopback: rough clients first, then the books are checked.
 
-Plain vLLM answers a pool of prompts once. Then a server with SDFP takes, for the given seconds,
-clients that complete, stream, hang up in mid-stream, send nonsense, and burst past the seats.
-Afterwards the server must answer, every greedy answer must have been plain vLLM's, no request may
-be left running, KV use must be back at zero and memory flat. Exits 1 where one of these fails.
+Plain vLLM answers a pool of prompts once, then its engine process is killed. Then a server with
+SDFP takes, for the given seconds, clients that complete, stream, hang up in mid-stream, send
+nonsense, and burst past the seats. Afterwards the server must answer, every greedy answer must have
+been plain vLLM's, no request may be left running, KV use must be back at zero and memory flat; and
+its engine process killed, it must end as plain vLLM did. Exits 1 where one of these fails.
 
     python benchmarks/soak.py --plan PLAN [--model MODEL] [--seconds 120] [--clients 6]
+
+The test suite runs two minutes of it (`tests/integration/test_soak.py`); by hand, half an hour:
+`--seconds 1800`.
 """
 
 from __future__ import annotations
@@ -15,25 +19,17 @@ import asyncio
 import contextlib
 import inspect
 import json
-import os
 import random
-import re
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
+from server import SEATS, Server, kill_engine, serve, tail
 
-SEATS = 8
-MAX_MODEL_LEN = 384
-KV_MIB = 24  # small, so that a burst also throws requests out, and its pages are all touched early
 FLAT_MIB = 48  # memory may grow by this between the first third and the end
 NONSENSE: list[tuple[str, Any]] = [
     ("not JSON", "{"),
@@ -46,69 +42,6 @@ NONSENSE: list[tuple[str, Any]] = [
     ("bad grammar", {"prompt": "x", "structured_outputs": {"regex": "("}}),
     ("unknown model", {"prompt": "x", "model": "no-such-model"}),
 ]
-
-
-class Server:
-    """A running `vllm serve` and a client for it."""
-
-    def __init__(self, process: subprocess.Popen, url: str, log: Path):
-        self.process, self.url, self.log = process, url, log
-
-    def rss_mib(self) -> float:
-        """Resident memory of the server and all its children."""
-        tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return sum(p.memory_info().rss for p in tree) / 2**20
-
-    def metric(self, name: str) -> float:
-        """The sum over labels of a Prometheus value."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, flags=re.MULTILINE)
-        if not values:
-            raise RuntimeError(f"the server reports no metric {name}")
-        return sum(map(float, values))
-
-
-@contextlib.contextmanager
-def serve(model: Path, *flags: str, start_seconds: float = 300) -> Iterator[Server]:
-    """Starts `vllm serve` on a free loopback port and takes it down with its children."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "target"]
-    command += ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(SEATS)]
-    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(KV_MIB << 20), *flags]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    with tempfile.NamedTemporaryFile("w", suffix=".log", prefix="soak-", delete=False) as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    server = Server(process, url, Path(log.name))
-    try:
-        deadline = time.monotonic() + start_seconds
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"vllm serve did not start; the end of {log.name}:\n{tail(server.log)}")
-            time.sleep(0.5)
-        yield server
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for child in psutil.wait_procs(children, timeout=10)[1]:
-            child.kill()
-
-
-def tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 # ---------------------------------------------------------------- requests
@@ -142,7 +75,8 @@ async def stream(client: httpx.AsyncClient, request: dict[str, Any]) -> AsyncIte
 
 
 def client_of(server: Server) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=200)
+    # A connection for each request: the server closes idle ones, and reusing one may meet that halfway.
+    limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
 
 
@@ -238,6 +172,7 @@ def soak(model: Path, plan: str, seconds: float, clients: int = 6, seed: int = 0
     pool = pool_of_prompts()
     with serve(model) as plain:
         want = asyncio.run(answers(plain, pool))
+        plain_killed = kill_engine(plain)
     with serve(model, "--speculative-model", plan) as server:
         run = Soak(server, pool, want, seed)
         for i, text in enumerate(asyncio.run(answers(server, pool))):
@@ -260,13 +195,18 @@ def soak(model: Path, plan: str, seconds: float, clients: int = 6, seed: int = 0
             run.failures.append(
                 f"{accepted:.0f} of {drafted:.0f} drafts accepted: nothing was put to the test"
             )
+        killed = kill_engine(server)
+        if killed != plain_killed:
+            run.failures.append(f"engine killed: {killed}, plain vLLM's: {plain_killed}")
     server.log.unlink()
     plain.log.unlink()
     return {
         "seconds": seconds,
         "requests": dict(run.counts),
         "memory_mib": {"early": round(early), "late": round(late), "highest": round(max(memory))},
+        "memory_mib_every_minute": [round(m) for m in memory[::60]],
         "acceptance": round(accepted / max(drafted, 1), 3),
+        "engine_killed": killed,
         "failures": run.failures,
     }
 

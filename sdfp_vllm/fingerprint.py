@@ -71,7 +71,7 @@ def fingerprint(model_dir: str | Path) -> Fingerprint:
     """Computes the fingerprint of a model folder without loading any weight.
 
     Raises:
-        SdfpError: If config.json is missing or lacks a needed field.
+        SdfpError: If config.json is missing or lacks a needed field, or a file cannot be read.
     """
     model_dir = Path(model_dir)
     config = _read_config(model_dir)
@@ -82,7 +82,14 @@ def fingerprint(model_dir: str | Path) -> Fingerprint:
     digest.update(json.dumps(stable, sort_keys=True).encode())
     for file in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.bin")]):
         digest.update(file.name.encode())
-        _hash_weight_file(file, digest)
+        try:
+            _hash_weight_file(file, digest)
+        except OSError as e:
+            raise SdfpError(
+                str(file),
+                f"cannot be read ({e.strerror or e})",
+                "Mend its rights, or download the model again.",
+            ) from e
     try:
         return Fingerprint(
             architecture=(config.get("architectures") or ["unknown"])[0],
