@@ -53,10 +53,10 @@ class RayActorExecutor(Executor):
         timeout: float | None = None,
         args: tuple = (),
         kwargs: dict | None = None,
-        **_: Any,
+        non_block: bool = False,
     ) -> list[Any]:
         calls = [w.execute_method.remote(method, *args, **(kwargs or {})) for w in self.workers]
-        return ray.get(calls, timeout=timeout)
+        return [call.future() for call in calls] if non_block else ray.get(calls, timeout=timeout)
 
     def check_health(self) -> None:
         self.collective_rpc("check_health")
