@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from sdfp_vllm.batch.command import batch_command
 from sdfp_vllm.demo.command import demo_command
+from sdfp_vllm.dipgo.command import dipgo_app
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.generate import generate_command
 
@@ -65,6 +66,12 @@ def plan(
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
     score_form: Annotated[str, typer.Option(help="FIT score: trace or diagonal.")] = "trace",
+    bridge: Annotated[
+        str,
+        typer.Option(
+            help="Map over skipped layers: none, bias, affine, low-rank, or auto (whichever is fastest)."
+        ),
+    ] = "none",
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with Fisher scores that were interrupted.")
@@ -106,6 +113,7 @@ def plan(
         draft_tokens=draft_tokens,
         dtype=dtype,
         score_form=score_form,
+        bridge=bridge,
         seed=seed,
         resume=resume,
         ray=RayOptions.from_flags(ray, workers=workers, address=address, gpus_per_worker=gpus_per_worker),
@@ -156,6 +164,7 @@ def _plan_path(plan: str) -> Path:
 
 app.command("generate")(generate_command)
 app.command("demo")(demo_command)
+app.add_typer(dipgo_app, name="dipgo")
 app.command("batch")(batch_command)
 
 

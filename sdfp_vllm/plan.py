@@ -65,7 +65,7 @@ class CostModel(_Strict):
 
     `verify_ms[m - 1]` is the full model's forward over m rows (m - 1 draft tokens), head
     included; one draft step costs `len(kept) * layer_ms + head_ms`, plus
-    `draft_overhead_ms`; every round pays `round_overhead_ms` in plain decoding and in
+    `draft_overhead_ms`, bridges included; every round pays `round_overhead_ms` in plain decoding and in
     drafting alike.
     """
 

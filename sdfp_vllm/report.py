@@ -116,6 +116,11 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
     ]
     if plan.draft_tokens_by_batch:
         rows.append(("draft tokens by batch", ", ".join(f"{b}: {k}" for b, k in plan.draft_tokens_by_batch)))
+    if plan.bridges != "none":
+        b = plan.bridges
+        runs = ", ".join(f"{r.first}-{r.last} ({r.error:.2f})" for r in b.runs)
+        rank = f" of rank {b.rank}" if b.rank else ""
+        rows.append(("bridges", f"{b.kind}{rank} over layers (held-out error left): {runs}"))
     if cost:
         relative = " ".join(f"{v / cost.verify_ms[0]:.2f}" for v in cost.verify_ms)
         rows += [

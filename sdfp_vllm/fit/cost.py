@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.integration.cpu_linear import engine_linear, engine_linear_name
+from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
 from sdfp_vllm.plan import CostModel
 
 # Engine time per round and per draft step besides the linear algebra (scheduling, metadata,
@@ -31,6 +33,7 @@ BATCH_ROWS = (16, 64)
 # Layers are sampled until their weights outgrow any processor cache; packing copies them.
 _SWEEP_BYTES = 320 << 20
 _MIN_REPEATS, _MAX_REPEATS = 3, 15
+_BRIDGE_REPEATS = 20
 
 Part = Callable[[Tensor], Tensor]
 
@@ -45,6 +48,8 @@ class MeasuredCost:
         num_layers: Layers of the full model.
         max_rows: Rows up to which every count was measured.
         device, dtype, threads: Where, in what, and with how many torch threads.
+        bridge_ms: One bridge at one row; a keep set of n layers skips at most n + 1 runs, and as many
+            bridges are reckoned with. A batch's rows are taken to cost no more.
     """
 
     rows: list[int]
@@ -57,6 +62,7 @@ class MeasuredCost:
     threads: int
     round_overhead_ms: float = ROUND_OVERHEAD_MS
     draft_overhead_ms: float = DRAFT_OVERHEAD_MS
+    bridge_ms: float = 0.0
 
     def forward_ms(self, layers: int, rows: int) -> float:
         """One forward through `layers` layers and the head; linear between and beyond measured rows."""
@@ -68,7 +74,8 @@ class MeasuredCost:
 
     def round_ms(self, layers: int, draft_tokens: int, batch: int = 1) -> float:
         """One round: `draft_tokens` draft steps through `layers` layers, then verification."""
-        draft = self.forward_ms(layers, batch) + self.draft_overhead_ms
+        bridges = min(layers + 1, self.num_layers - layers) * self.bridge_ms
+        draft = self.forward_ms(layers, batch) + self.draft_overhead_ms + bridges
         verify = self.forward_ms(self.num_layers, batch * (draft_tokens + 1))
         return draft_tokens * draft + verify + self.round_overhead_ms
 
@@ -150,6 +157,19 @@ def measure_cost(
         dtype=str(weight.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
     )
+
+
+@torch.no_grad()
+def measure_bridge_ms(stack: DecoderStack, bridge: Bridge) -> float:
+    """Milliseconds of one bridge at one row: the op that the engine enters a layer with, best of many."""
+    like = _head_weight(stack)
+    held = bridge.to(device=like.device, dtype=like.dtype)
+    residual, weight = like.new_ones(1, bridge.hidden_size), like.new_ones(bridge.hidden_size)
+
+    def enter(branch: Tensor) -> None:
+        skip_residual_rms_norm(branch, residual, weight, 1e-6, held)
+
+    return min(_timed(enter, torch.zeros_like(residual)) for _ in range(_BRIDGE_REPEATS))
 
 
 def _sample(stack: DecoderStack) -> list[int]:

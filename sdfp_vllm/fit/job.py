@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -13,17 +13,25 @@ from rich.console import Console
 from torch import Tensor
 
 from sdfp_vllm import __version__
+from sdfp_vllm.bridge_file import pack_bridges
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
+from sdfp_vllm.fit.bridged_search import (
+    BridgedChoice,
+    BridgeRequest,
+    check_bridge,
+    search_bridged,
+    searches,
+)
 from sdfp_vllm.fit.calibration import Calibration, load_calibration
-from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
+from sdfp_vllm.fit.cost import measure_cost
 from sdfp_vllm.fit.fisher import fisher_scores, layer_scores
 from sdfp_vllm.fit.fisher_sums import FisherSums
 from sdfp_vllm.fit.progress import Stages, stages
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
-from sdfp_vllm.fit.search import MAX_TRIED, Choice, candidate_sizes, check_request, search
+from sdfp_vllm.fit.search import MAX_TRIED, candidate_sizes, check_request
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.plan import LayerScore, Provenance, SkipPlan, default_plan_dir
+from sdfp_vllm.plan import Bridges, LayerScore, Provenance, SkipPlan, default_plan_dir
 from sdfp_vllm.ray_cluster import RayOptions
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer
@@ -43,6 +51,8 @@ class PlanOptions:
             from a prompt of `prompt` calibration tokens.
         layers, draft_tokens: Fix the number of kept layers or the draft length.
         score_form: "trace" or "diagonal".
+        bridge: What stands in for skipped layers: "none", "bias", "affine", "low-rank", or "auto", the
+            one of them that is predicted to be fastest.
         ray: Score the layers on a Ray cluster; None scores them in this process.
     """
 
@@ -58,6 +68,7 @@ class PlanOptions:
     draft_tokens: int | None = None
     dtype: str = "auto"
     score_form: str = "trace"
+    bridge: BridgeRequest = "none"
     resume: bool = False
     ray: RayOptions | None = None
 
@@ -101,7 +112,12 @@ def make_plan(
             if sums
             else _scores(stack, calibration.ids, identity, folder, options, bar)
         )
-        choice, cost = _choose(stack, prompts.ids, scores, options, bar)
+        found = _choose(stack, prompts.ids, calibration.ids, scores, options, bar)
+    choice, fitted = found.choice, found.fitted
+    described: Literal["none"] | Bridges = "none"
+    tensors = None
+    if fitted.runs:
+        described, tensors = pack_bridges(fitted.runs, fitted.bridges)
     plan = SkipPlan(
         model=model,
         fingerprint=identity,
@@ -112,10 +128,11 @@ def make_plan(
         prediction=choice.prediction,
         scores=scores,
         curve=choice.curve,
-        cost=cost.model(),
+        cost=found.cost_model(),
+        bridges=described,
         made=_provenance(calibration, options),
     )
-    plan.save(folder)
+    plan.save(folder, tensors)
     (folder / _CHECKPOINT).unlink(missing_ok=True)
     return plan
 
@@ -156,17 +173,24 @@ def _sums_on_ray(
 
 
 def _choose(
-    stack: DecoderStack, prompts: Tensor, scores: list[LayerScore], options: PlanOptions, bar: Stages
-) -> tuple[Choice, MeasuredCost]:
+    stack: DecoderStack,
+    prompts: Tensor,
+    calibration: Tensor,
+    scores: list[LayerScore],
+    options: PlanOptions,
+    bar: Stages,
+) -> BridgedChoice:
     with bar.step("Target's own text", options.new_tokens) as advance:
         text = greedy_continuations(stack, prompts, options.new_tokens, advance)
     with bar.step("Costs on this machine", 1):
         cost = measure_cost(stack, max_rows=(options.draft_tokens or MAX_TRIED) + 1)
-    sizes = 1 if options.layers else len(candidate_sizes(stack.num_layers))
+    sizes = (1 if options.layers else len(candidate_sizes(stack.num_layers))) * searches(options.bridge)
     with bar.step("Trying drafts", len(prompts) + sizes) as advance:
         rollout = DraftRollout(stack, text, advance)
-        choice = search(
+        return search_bridged(
+            options.bridge,
             rollout,
+            calibration,
             scores,
             cost,
             form=options.score_form,
@@ -174,7 +198,6 @@ def _choose(
             draft_tokens=options.draft_tokens,
             advance=lambda news: advance(1, f"Trying drafts ({news})"),
         )
-    return choice, cost
 
 
 def _check(options: PlanOptions) -> None:
@@ -182,6 +205,7 @@ def _check(options: PlanOptions) -> None:
         raise SdfpError("--dtype", f"{options.dtype!r} is not known", f"Use one of {', '.join(_DTYPES)}.")
     if options.score_form not in ("trace", "diagonal"):
         raise SdfpError("--score-form", f"{options.score_form!r} is not known", "Use trace or diagonal.")
+    check_bridge(options.bridge)
 
 
 def _writable(folder: Path) -> Path:

@@ -13,13 +13,16 @@ Rows whose draft was wrong leave after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sdfp_vllm.bridge import Bridge
+from sdfp_vllm.bridge_file import Run
+from sdfp_vllm.fit.bridges import bridging
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
@@ -99,11 +102,16 @@ class DraftRollout:
 
     @torch.no_grad()
     def run(
-        self, keep: Sequence[int], steps: int, proceed: Callable[[AcceptedRuns], bool] = lambda runs: True
+        self,
+        keep: Sequence[int],
+        steps: int,
+        proceed: Callable[[AcceptedRuns], bool] = lambda runs: True,
+        bridges: Mapping[Run, Bridge] | None = None,
     ) -> AcceptedRuns:
         """Drafts up to `steps` tokens from every start position with the layers in `keep`.
 
         Args:
+            bridges: Over runs of skipped layers, as the engine has them.
             proceed: Asked after each step but the last with the result so far; False stops early.
 
         Raises:
@@ -113,7 +121,7 @@ class DraftRollout:
         lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
         runs = AcceptedRuns(lengths, (text.ends - text.first).cpu(), 0)
         rows = self._all_rows()
-        with self.stack.keeping(keep), rollout_attention(self.stack):
+        with bridging(self.stack, keep, bridges), rollout_attention(self.stack):
             for j in range(steps):
                 rows = rows.select(rows.start + j < text.ends[rows.sequence])
                 if len(rows.start):

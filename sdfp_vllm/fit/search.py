@@ -98,6 +98,25 @@ def search(
     Raises:
         SdfpError: If `layers` or `draft_tokens` is out of range, or the model has one layer.
     """
+    choice = search_above(
+        0.0, rollout, scores, cost, form=form, layers=layers, draft_tokens=draft_tokens, advance=advance
+    )
+    assert choice is not None  # the first keep set is always rolled out
+    return choice
+
+
+def search_above(
+    beat: float,
+    rollout: DraftRollout,
+    scores: Sequence[LayerScore],
+    cost: MeasuredCost,
+    *,
+    form: str = "trace",
+    layers: int | None = None,
+    draft_tokens: int | None = None,
+    advance: Callable[[str], None] | None = None,
+) -> Choice | None:
+    """Like `search`, but rolls out only what could exceed a speedup of `beat`; None if nothing does."""
     check_request(len(scores), layers, draft_tokens)
     sizes = candidate_sizes(len(scores)) if layers is None else [layers]
     lengths = list(range(1, MAX_TRIED + 1)) if draft_tokens is None else [draft_tokens]
@@ -106,17 +125,18 @@ def search(
     best: tuple[float, list[int], int, AcceptedRuns] | None = None
     for size in sizes:
         keep = sorted(ranking[:size])
-        bar = best[0] if best else 0.0
+        bar = best[0] if best else beat
         if max(cost.speedup(size, k, k + 1) for k in lengths) > bar:
             runs = rollout.run(keep, lengths[-1], proceed=_could_win(cost, size, lengths, bar))
             candidate = _candidate(keep, runs, cost)
             curve.append(candidate)
             for k in lengths:
-                if k <= runs.steps and (best is None or candidate.speedup[k] > best[0]):
+                if k <= runs.steps and candidate.speedup[k] > (best[0] if best else beat):
                     best = (candidate.speedup[k], keep, k, runs)
         if advance and best:
             advance(f"{len(best[1])} layers x {best[2]} tokens: {best[0]:.2f}x")
-    assert best is not None  # the first keep set is always rolled out
+    if best is None:
+        return None
     speedup, keep, k, runs = best
     rounds = runs.rounds(k)
     return Choice(

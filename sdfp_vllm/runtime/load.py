@@ -53,10 +53,10 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
                     "Serve this model without SDFP.",
                 )
         drafting.update(names)
-    weight = next(target.parameters())
+    device, dtype = next(target.parameters()).device, vllm_config.model_config.dtype
     bridges = {
-        run: bridge.to(device=weight.device, dtype=vllm_config.model_config.dtype)
-        for run, bridge in bridges_at(config.model, config.bridges_sha256).items()  # type: ignore[union-attr]
+        run: bridge.to(device=device, dtype=dtype)  # type: ignore[arg-type]
+        for run, bridge in bridges_at(str(config.model), config.bridges_sha256).items()  # type: ignore[union-attr]
     }
     with set_model_tag("sdfp_draft"):
         draft = SkipDraftModel(
