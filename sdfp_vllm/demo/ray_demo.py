@@ -72,7 +72,7 @@ def _plan(out: Path, console: Console) -> Path:
 def _serve(plan: Path, console: Console) -> int:
     from ray import serve
 
-    from sdfp_vllm.serving.app import build
+    from sdfp_vllm.serving.application import build
     from sdfp_vllm.serving.settings import ServingArgs
 
     with socket.socket() as s:

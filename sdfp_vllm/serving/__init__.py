@@ -1,5 +1,5 @@
 """Serving on Ray: `serve run sdfp_vllm.serving:app model=MODEL`."""
 
-from sdfp_vllm.serving.app import app
+from sdfp_vllm.serving.application import app
 
 __all__ = ["app"]

@@ -91,8 +91,9 @@ def server(plain, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str]]:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f, start_new_session=True)
 
     def up() -> bool:
-        assert process.poll() is None, log.read_text()[-4000:]
-        return "is ready at" in log.read_text()
+        said = log.read_text()
+        assert process.poll() is None and "build_serve_application failed" not in said, said[-4000:]
+        return "is ready at" in said
 
     try:
         wait_until("two replicas are up", up)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
 from ray import cluster_resources, serve
 from ray.serve import Application
 
+from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan_parcel import PlanParcel
 from sdfp_vllm.serving.engine import Engine
 from sdfp_vllm.serving.gateway import Gateway
@@ -17,13 +19,26 @@ _SCALING = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16}
 _HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 30}
 
 
-def app(args: ServingArgs) -> Application:
+def app(args: dict[str, Any]) -> Application:
     """Builds the application, with replicas that follow the load; what `import_path` names.
 
+    Args:
+        args: Fields of `ServingArgs`, from a Serve config file or `serve run` as name=value.
+
     Raises:
-        SdfpError: If there is no usable plan, or vLLM does not know an engine setting.
+        SdfpError: If a field is missing or unknown, there is no usable plan, or vLLM does not
+            know an engine setting.
     """
-    return build(args)
+    try:
+        return build(ServingArgs.model_validate(args))
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(str(p) for p in first["loc"])
+        raise SdfpError(
+            f"application argument {field!r}",
+            first["msg"],
+            f"The arguments are {', '.join(ServingArgs.model_fields)}.",
+        ) from e
 
 
 def build(args: ServingArgs, num_replicas: int | None = None) -> Application:
