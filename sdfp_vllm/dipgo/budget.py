@@ -1,0 +1,65 @@
+"""From learned scores to the gates of a given budget (DiP-GO's post-processing)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdfp_vllm.dipgo.layout import Gates, Layout
+from sdfp_vllm.dipgo.macs import MacCount
+from sdfp_vllm.dipgo.plan import DipgoPlan, rows
+from sdfp_vllm.errors import SdfpError
+
+TOLERANCE = 0.0125  # of the full run's MACs, as in the paper
+
+
+def gates_at_budget(scores: NDArray, budget: float, layout: Layout, macs: MacCount, reuse: str) -> Gates:
+    """Keeps the gates of the highest scores, closed under dependency, for at most about `budget` of the MACs.
+
+    Bisects the threshold over the scores that occur. A higher threshold opens a subset, and
+    closure is monotone, so the share falls with it. Returns the gates within `TOLERANCE` of the
+    budget if the scores have such a threshold, else the largest below it; the first call stays open.
+
+    Args:
+        scores: (calls, units), in [0, 1].
+        budget: Share of the full run's MACs, in (0, 1].
+    """
+
+    def at(threshold: float) -> Gates:
+        gates = scores >= threshold
+        gates[0] = True
+        return layout.closure(gates, reuse)
+
+    thresholds = np.append(np.unique(scores), np.inf)  # ascending, so shares descend
+    low, high = 0, len(thresholds) - 1  # the answer is in [low, high]; inf is the least that can be kept
+    while low < high:
+        middle = (low + high) // 2
+        share = macs.share(at(thresholds[middle]))
+        if abs(share - budget) <= TOLERANCE:
+            return at(thresholds[middle])
+        if share > budget:
+            low = middle + 1
+        else:
+            high = middle
+    return at(thresholds[high])
+
+
+def rebudget(plan: DipgoPlan, budget: float) -> DipgoPlan:
+    """The plan that the scores of a learned search give for another budget. Its quality is not measured.
+
+    Raises:
+        SdfpError: If the plan has no scores, or the budget is out of range.
+    """
+    if plan.scores is None:
+        raise SdfpError(
+            f"plan for {plan.pipeline}",
+            "has no learned scores",
+            "Search with --method learned, or search again with the other --budget.",
+        )
+    if not 0 < budget <= 1:
+        raise SdfpError("BUDGET", f"is {budget:g}", "Give the share of MACs to spend, in (0, 1].")
+    # The flag matters only to a search; a plan says itself how it reuses.
+    layout = Layout(tuple(plan.units), residual=plan.reuse == "residual")
+    gates = gates_at_budget(np.array(plan.scores), budget, layout, plan.macs, plan.reuse)
+    made = plan.made.model_copy(update={"budget": budget})
+    return plan.model_copy(update={"executed": rows(gates), "quality": None, "made": made})

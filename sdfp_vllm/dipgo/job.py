@@ -1,0 +1,258 @@
+"""The offline search: a pipeline in, a plan out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from sdfp_vllm import __version__
+from sdfp_vllm.dipgo.budget import gates_at_budget
+from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint
+from sdfp_vllm.dipgo.layout import Gates, Granularity, layout_of
+from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
+from sdfp_vllm.dipgo.macs import count_macs
+from sdfp_vllm.dipgo.objective import Consistency
+from sdfp_vllm.dipgo.pipelines import load_pipeline
+from sdfp_vllm.dipgo.plan import DipgoPlan, Provenance, Quality, rows
+from sdfp_vllm.dipgo.quality import psnr, ssim
+from sdfp_vllm.dipgo.refine import Task, greedy, log_error, path, refine
+from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
+from sdfp_vllm.dipgo.surrogate import record
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.progress import Stages, stages
+from sdfp_vllm.source_tree import git_sha
+
+STATE_FILE = ".dipgo-search-partial.pt"
+# Seeds of images: the search's, those that gates are compared on, and those that quality is stated on.
+_SEARCH, _COMPARE, _TEST = 1_000_000, 2_000_000, 3_000_000
+
+Method = Literal["fisher", "learned"]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What the user can ask of the search.
+
+    Attributes:
+        method: "fisher" (surrogate and refinement; ours) or "learned" (the paper's pruner network).
+        granularity, reuse, order: None: for "fisher", what does best of all; for "learned", the paper's.
+        budget: Share of the full run's MACs that may be spent.
+        images: Images that a recording runs at once, and that gates are compared on.
+        projections: Backward passes of a recording.
+        rounds: Of refinement.
+        test_images: That the plan's quality is stated on.
+        learn: Settings of the paper's search.
+    """
+
+    steps: int = 50
+    budget: float = 0.5
+    method: Method = "fisher"
+    granularity: Granularity | None = None
+    reuse: Literal["output", "residual"] | None = None
+    order: int | None = None
+    guidance_scale: float = 4.0
+    prompts: Path | None = None
+    dtype: str = "float32"
+    images: int = 8
+    projections: int = 4
+    rounds: int = 4
+    test_images: int = 16
+    iterations: int = 200
+    learning_rate: float | None = None
+    consistency: Consistency = "ssim"
+    seed: int = 0
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """Gates for a way of reuse, and the scores they come from if they were learned."""
+
+    granularity: Granularity
+    task: Task
+    gates: Gates
+    scores: NDArray | None = None
+
+
+def search(
+    folder: str | Path, options: SearchOptions, out: Path, console: Console | None = None
+) -> DipgoPlan:
+    """Searches a plan for the pipeline in `folder` and returns it; an interrupted one is kept beside `out`.
+
+    Raises:
+        SdfpError: If an option is out of range or does not fit the pipeline, before any weight is loaded
+            where that can be told.
+    """
+    check(options)
+    began = time.perf_counter()
+    pipe = load_pipeline(folder, options.dtype)
+    sampler = Sampler(
+        pipe, load_conditions(pipe, Path(folder), options.prompts), options.steps, options.guidance_scale
+    )
+    with stages(console) as progress:
+        found = find(sampler, options, progress, out.parent / STATE_FILE)
+    seeds = [_TEST + options.seed * 10_007 + i for i in range(options.test_images)]
+    return DipgoPlan(
+        pipeline=str(folder),
+        fingerprint=pipeline_fingerprint(pipe),
+        scheduler=sampler.scheduler,
+        granularity=found.granularity,
+        reuse=found.task.reuse,  # type: ignore[arg-type]  # checked by pydantic
+        order=found.task.order,
+        units=list(found.task.layout.units),
+        executed=rows(found.gates),
+        macs=found.task.macs,
+        quality=quality(found.task, found.gates, seeds),
+        scores=None if found.scores is None else found.scores.tolist(),
+        made=Provenance(
+            method=options.method,
+            budget=options.budget,
+            guidance_scale=options.guidance_scale,
+            seed=options.seed,
+            iterations=options.iterations if options.method == "learned" else options.rounds,
+            search_seconds=time.perf_counter() - began,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            sdfp_version=__version__,
+            torch_version=torch.__version__,
+            diffusers_version=_diffusers_version(),
+            git_sha=git_sha(),
+        ),
+    )
+
+
+def find(sampler: Sampler, options: SearchOptions, progress: Stages, state_file: Path | None = None) -> Found:
+    """The search itself, on a loaded pipeline."""
+    return (_learned if options.method == "learned" else _fisher)(sampler, options, progress, state_file)
+
+
+def quality(task: Task, gates: Gates, seeds: list[int]) -> Quality:
+    """Agreement with the full run on `seeds`."""
+    with torch.no_grad():
+        full = task.sampler.decode(task.sampler.latents(seeds))
+        images = task.sampler.decode(task.run(gates, seeds))
+    return Quality(
+        images=len(seeds), psnr=psnr(images, full).mean().item(), ssim=ssim(images, full).mean().item()
+    )
+
+
+def task_of(sampler: Sampler, granularity: Granularity, reuse: str, order: int, budget: float) -> Task:
+    layout = layout_of(sampler.denoiser, granularity)
+    if reuse == "residual" and not layout.residual:
+        raise SdfpError(
+            "--reuse residual",
+            f"units of {type(sampler.denoiser).__name__} at {granularity} granularity change their input's shape",
+            "Use --reuse output.",
+        )
+    macs = count_macs(sampler.denoiser, layout, *sampler.first_call())
+    least = np.zeros((sampler.calls, len(layout.units)), dtype=bool)
+    least[0] = True
+    if budget < (share := macs.share(least)):
+        raise SdfpError(
+            f"--budget {budget:g}",
+            f"is less than the first call and what always runs, {share:.3f}",
+            f"Give at least {share + 0.001:.3f}, or more steps.",
+        )
+    return Task(sampler, layout, macs, reuse, order, budget)
+
+
+def _learned(sampler: Sampler, options: SearchOptions, progress: Stages, state_file: Path | None) -> Found:
+    granularity: Granularity = options.granularity or "block"
+    task = task_of(sampler, granularity, options.reuse or "output", options.order or 0, options.budget)
+    chain = task.layout.residual or granularity == "step"
+    settings = LearnSettings(
+        iterations=options.iterations,
+        budget=min(options.budget, LearnSettings.budget),
+        learning_rate=options.learning_rate or (10.0 if chain else 0.1),
+        consistency=options.consistency,
+        seed=_SEARCH + options.seed,
+    )
+    with progress.step("Learning gates", settings.iterations) as advance:
+        scores = learn_scores(
+            sampler, task.layout, task.macs, task.reuse, settings, state_file, options.resume, advance
+        )
+    return Found(
+        granularity, task, gates_at_budget(scores, options.budget, task.layout, task.macs, task.reuse), scores
+    )
+
+
+def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path | None) -> Found:
+    ways = _ways(sampler, options)
+    seeds = [_SEARCH + options.seed * 10_007 + i for i in range(options.images)]
+    compare = [_COMPARE + options.seed * 10_007 + i for i in range(options.images)]
+    with torch.no_grad():
+        full = sampler.latents(compare)
+    best, best_error = None, np.inf
+    with progress.step("Recording and choosing gates", len(ways)) as advance:
+        for granularity, task in ways:
+            surrogate = record(sampler, task.layout, task.reuse, task.order, seeds, options.projections)
+            gates = greedy(task, surrogate)
+            # The surrogate's optimum is not always better than what greedy closing finds: both are tried.
+            for candidate in [gates, *path(task, surrogate, gates)[-1:]]:
+                error = log_error(task.run(candidate, compare), full)
+                if error < best_error:
+                    best, best_error = Found(granularity, task, candidate), error
+            advance(1, f"Best so far: {best.granularity if best else '-'}, {-10 * best_error:.1f} dB")
+    assert best is not None
+    with progress.step("Refining", options.rounds) as advance:
+        gates = refine(best.task, best.gates, compare, full, options.rounds, options.projections, advance)
+    return Found(best.granularity, best.task, gates)
+
+
+def _ways(sampler: Sampler, options: SearchOptions) -> list[tuple[Granularity, Task]]:
+    """Every way of reuse that the options leave open and the pipeline allows."""
+    granularities: list[Granularity] = [options.granularity] if options.granularity else ["block", "step"]
+    ways: list[tuple[Granularity, Task]] = []
+    for granularity, order in itertools.product(
+        granularities, [0, 1] if options.order is None else [options.order]
+    ):
+        residual = layout_of(sampler.denoiser, granularity).residual
+        reuse = options.reuse or ("residual" if residual else "output")
+        ways.append((granularity, task_of(sampler, granularity, reuse, order, options.budget)))
+    return ways
+
+
+def check(options: SearchOptions) -> None:
+    """Refuses options that no pipeline can meet."""
+    for flag, value, low in (
+        ("--steps", options.steps, 2),
+        ("--images", options.images, 1),
+        ("--projections", options.projections, 1),
+        ("--rounds", options.rounds, 0),
+        ("--test-images", options.test_images, 1),
+        ("--iterations", options.iterations, 1),
+    ):
+        if value < low:
+            raise SdfpError(flag, f"is {value}", f"Give at least {low}.")
+    if not 0 < options.budget <= 1:
+        raise SdfpError("--budget", f"is {options.budget:g}", "Give the share of MACs to spend, in (0, 1].")
+    for flag, text, known in (
+        ("--method", options.method, ("fisher", "learned")),
+        ("--granularity", options.granularity, (None, "block", "step")),
+        ("--reuse", options.reuse, (None, "output", "residual")),
+        ("--order", options.order, (None, 0, 1)),
+        ("--consistency", options.consistency, ("ssim", "latents")),
+    ):
+        if text not in known:
+            choices = ", ".join(str(k) for k in known if k is not None)
+            raise SdfpError(flag, f"{text} is unknown", f"Choose from {choices}.")
+    if options.method == "learned" and options.order == 1:
+        raise SdfpError("--order 1", "the learned search reuses the last value only", "Use --method fisher.")
+    if options.resume and options.method != "learned":
+        raise SdfpError(
+            "--resume", "only the learned search keeps a state", "Leave it out; this search takes minutes."
+        )
+
+
+def _diffusers_version() -> str:
+    import diffusers
+
+    return diffusers.__version__

@@ -1,0 +1,46 @@
+"""Loads a diffusers pipeline from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdfp_vllm.errors import SdfpError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pipeline(folder: str | Path, dtype: str = "float32") -> Any:
+    """Loads the diffusers pipeline saved in `folder`, in `dtype`.
+
+    Raises:
+        SdfpError: If there is none, it cannot be loaded, or the dtype is unknown.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as e:
+        raise SdfpError(
+            "DiP-GO", "diffusers is not installed", "Install it: pip install 'sdfp-vllm[diffusion]'."
+        ) from e
+    # diffusers takes a component's class only from a module that was imported before.
+    import sdfp_vllm.dipgo.digits.identity_vae  # noqa: F401
+
+    if dtype not in _DTYPES:
+        raise SdfpError("--dtype", f"{dtype} is unknown", f"Choose from {', '.join(_DTYPES)}.")
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise SdfpError(
+            str(folder),
+            "no model_index.json in it",
+            "Give the folder of a diffusers pipeline (pipe.save_pretrained).",
+        )
+    try:
+        # accelerate, which the default would want, is not needed.
+        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        return pipe if dtype == "float32" else pipe.to(_DTYPES[dtype])
+    except Exception as e:
+        raise SdfpError(
+            str(folder), f"cannot be loaded ({e})", "Save the pipeline again with diffusers."
+        ) from e

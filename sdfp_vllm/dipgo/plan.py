@@ -1,0 +1,139 @@
+"""DipgoPlan: which units of a denoiser run in which call. The contract between search and runtime.
+
+A plan is one JSON file; nothing in it is executable.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sdfp_vllm.dipgo.fingerprint import PipelineFingerprint, SchedulerFingerprint
+from sdfp_vllm.dipgo.layout import Gates, Unit
+from sdfp_vllm.dipgo.macs import MacCount
+from sdfp_vllm.plan_file import read_plan, write_plan
+
+SCHEMA_VERSION = 1
+PLAN_FILE = "dipgo.json"
+_MAKE = "sdfp dipgo search PIPELINE_DIR --steps N"
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Row = Annotated[str, Field(pattern=r"^[01]+$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quality(_Strict):
+    """Agreement with the full run on seeds that the search did not see; means over `images` images.
+
+    `psnr` in dB and `ssim` are of decoded images in [-1, 1]. An image that is bit-identical
+    counts with 100 dB.
+    """
+
+    images: int = Field(ge=1)
+    psnr: Finite
+    ssim: Annotated[float, Field(ge=-1.0, le=1.0, allow_inf_nan=False)]
+
+
+class Provenance(_Strict):
+    """How the plan was made; enough to make it again."""
+
+    method: str
+    budget: Share
+    guidance_scale: Finite
+    seed: int
+    iterations: int = Field(ge=0)
+    search_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+    created: str
+    sdfp_version: str
+    torch_version: str
+    diffusers_version: str
+    git_sha: str | None = None
+
+
+class DipgoPlan(_Strict):
+    """Which units run in which denoiser call of a generation.
+
+    `executed[t][i]` is "1" where unit i runs in call t. Where it does not, its output (`reuse`
+    "output") or what it adds to its input ("residual") is taken from earlier calls: the last
+    value (`order` 0), or the straight line through the last two (`order` 1). `scores`, where
+    present, are the learned chances that a gate is kept, from which other budgets follow.
+    """
+
+    schema_version: Literal[1] = 1
+    pipeline: str
+    fingerprint: PipelineFingerprint
+    scheduler: SchedulerFingerprint
+    granularity: Literal["block", "step"]
+    reuse: Literal["output", "residual"]
+    order: Annotated[int, Field(ge=0, le=1, strict=True)] = 0
+    units: list[Unit] = Field(min_length=1)
+    executed: list[Row] = Field(min_length=1)
+    macs: MacCount
+    quality: Quality | None = None
+    scores: list[list[Share]] | None = None
+    made: Provenance
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> DipgoPlan:
+        calls, units = len(self.scheduler.timesteps), len(self.units)
+        for i, unit in enumerate(self.units):
+            if any(source >= i for source in unit.inputs):
+                raise ValueError(f"units[{i}].inputs names a unit that does not come before it")
+        if len(self.executed) != calls:
+            raise ValueError(
+                f"executed has {len(self.executed)} rows, but scheduler.timesteps has {calls} calls"
+            )
+        if any(len(row) != units for row in self.executed):
+            raise ValueError(f"every row of executed must have one digit for each of the {units} units")
+        if "0" in self.executed[0]:
+            raise ValueError("executed: the first call must run every unit, there is nothing to reuse yet")
+        if len(self.macs.units) != units:
+            raise ValueError(f"macs.units has {len(self.macs.units)} entries for {units} units")
+        if self.scores is not None and (
+            len(self.scores) != calls or any(len(row) != units for row in self.scores)
+        ):
+            raise ValueError(f"scores must have {calls} rows of {units}")
+        return self
+
+    @property
+    def gates(self) -> Gates:
+        return np.array([[c == "1" for c in row] for row in self.executed])
+
+    @property
+    def compute_share(self) -> float:
+        """MACs of this plan over those of the full run."""
+        return self.macs.share(self.gates)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan atomically to `path`, a .json file or a folder, and returns the file's path.
+
+        Raises:
+            PlanError: If it cannot be written.
+        """
+        return write_plan(self, plan_path(path))
+
+
+def rows(gates: Gates) -> list[str]:
+    """Gates as a plan writes them."""
+    return ["".join("1" if g else "0" for g in row) for row in gates]
+
+
+def plan_path(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / PLAN_FILE
+
+
+def load_plan(path: str | Path) -> DipgoPlan:
+    """Reads and validates a plan from its file or folder.
+
+    Raises:
+        PlanError: Naming the file, the field and the way out. No other exception leaves here.
+    """
+    return read_plan(plan_path(path), DipgoPlan, SCHEMA_VERSION, _MAKE)
