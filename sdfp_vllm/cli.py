@@ -11,7 +11,6 @@ from typer.core import TyperGroup
 from sdfp_vllm.batch.command import batch_command
 from sdfp_vllm.demo.command import demo_command
 from sdfp_vllm.dipgo.command import dipgo_app
-from sdfp_vllm.dipgo.command import dipgo_app
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.generate import generate_command
 
@@ -165,7 +164,6 @@ def _plan_path(plan: str) -> Path:
 
 app.command("generate")(generate_command)
 app.command("demo")(demo_command)
-app.add_typer(dipgo_app, name="dipgo")
 app.add_typer(dipgo_app, name="dipgo")
 app.command("batch")(batch_command)
 
