@@ -87,6 +87,19 @@ def tokens(
     return out
 
 
+# Greedy answers found identical to plain vLLM's in this process; the session prints the sum at its end.
+compared = 0
+
+
+def assert_identical(got: Sequence[Any], want: Sequence[Any]) -> None:
+    """Asserts that answers, one per prompt, are plain vLLM's, naming the first that is not; counts them."""
+    global compared
+    assert len(got) == len(want)
+    for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        assert ours == theirs, f"answer {i} of {len(want)} is not plain vLLM's"
+    compared += len(got)
+
+
 def spec_counters(llm: Any) -> dict[str, Any]:
     """vLLM's own speculative-decoding counters of this engine so far, by short name."""
     prefix = "vllm:spec_decode_"
@@ -95,6 +108,11 @@ def spec_counters(llm: Any) -> dict[str, Any]:
         for m in llm.get_metrics()
         if m.name.startswith(prefix)
     }
+
+
+def metric(llm: Any, name: str) -> float:
+    """One of vLLM's own counters, without its "vllm:"."""
+    return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
 
 
 def runner(llm: Any) -> Any:

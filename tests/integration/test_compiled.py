@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from engines import engine, runner, spec_counters, tokens, write_plan
+from engines import assert_identical, engine, runner, spec_counters, tokens, write_plan
 
 pytestmark = pytest.mark.engine
 
 
 def test_compiled_draft_gives_plain_tokens(target, plan, prompts, plain_tokens):
     with engine(target, {"method": "sdfp", "model": plan}, enforce_eager=False) as llm:
-        assert tokens(llm, prompts[:24]) == plain_tokens[:24]
+        assert_identical(tokens(llm, prompts[:24]), plain_tokens[:24])
         assert spec_counters(llm)["num_accepted_tokens"] > 0
         assert not runner(llm).drafter.model.do_not_compile
 
