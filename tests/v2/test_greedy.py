@@ -49,11 +49,11 @@ def test_same_text_at_every_batch_size_and_as_requests_come_and_go(
 
 
 # Chunks smaller than most prompts: requests that sample nothing in a step are not drafted for.
-# 9 blocks of 32 tokens for 6 requests of up to 90: preemption.
+# 6 blocks of 32 tokens for 6 requests of up to 90: preemption.
 # Drafts up to the last position there is; the longest prompt has 69 tokens.
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunked prefill": dict(max_num_batched_tokens=16),
-    "preemption": dict(num_gpu_blocks_override=10, block_size=32, max_model_len=96),
+    "preemption": dict(num_gpu_blocks_override=7, block_size=32, max_model_len=96),
     "no prefix caching": dict(enable_prefix_caching=False),
     "up to max_model_len": dict(max_model_len=80),
 }
