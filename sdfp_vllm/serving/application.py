@@ -15,8 +15,8 @@ from sdfp_vllm.serving.gateway import Gateway
 from sdfp_vllm.serving.settings import ServingArgs
 
 # Any of it can be set otherwise under `deployments` of a Serve config file.
-_SCALING = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16}
-_HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 30}
+_SCALING: dict[str, Any] = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16}
+_HEALTH: dict[str, Any] = {"health_check_period_s": 5, "health_check_timeout_s": 30}
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -57,7 +57,7 @@ def build(args: ServingArgs, num_replicas: int | None = None) -> Application:
     scaling: dict[str, Any] = (
         {"num_replicas": num_replicas} if num_replicas else {"autoscaling_config": _SCALING}
     )
-    engines = serve.deployment(
+    engines: Any = serve.deployment(
         Engine,
         name="Engine",
         ray_actor_options=_resources(gpus),
@@ -65,7 +65,7 @@ def build(args: ServingArgs, num_replicas: int | None = None) -> Application:
         **scaling,
         **_HEALTH,
     )
-    gateway = serve.deployment(
+    gateway: Any = serve.deployment(
         Gateway, name="Gateway", max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}, **_HEALTH
     )
     return gateway.bind(engines.bind(args, plan))

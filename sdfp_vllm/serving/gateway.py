@@ -33,7 +33,7 @@ class Gateway:
         scope |= {"asgi": {"version": "3.0"}, "root_path": "", "client": tuple(request.client or ("", 0))}
         body = await request.body()
         for _ in range(ATTEMPTS):
-            answer = self._engines.relay.remote(scope, body)
+            answer: Any = self._engines.relay.remote(scope, body)
             try:
                 start, first = await anext(answer), await anext(answer)
             except RayActorError:

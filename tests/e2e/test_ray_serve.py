@@ -180,3 +180,13 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(server, client, pla
                 lost += 1
     assert 1 <= lost < 8
     wait_until("the replica is replaced", lambda: len(replicas(server[0])) == 2, 60)
+
+
+def test_a_replica_whose_engine_dies_is_replaced(server):
+    """The replica's own process lives on: only the health check can tell."""
+    replica, core = next(
+        (r, c) for r in replicas(server[0]) for c in r.children() if c.cmdline() == ["VLLM::EngineCore"]
+    )
+    core.kill()
+    wait_until("the replica is stopped", lambda: not replica.is_running(), 120)
+    wait_until("another is started", lambda: len(replicas(server[0])) == 2, 60)
