@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
-from sdfp_vllm.integration.refusals import refuse_unsupported
+from sdfp_vllm.integration.refusals import refuse_synthetic_on_cpu, refuse_unsupported
 from sdfp_vllm.integration.upstream import SpeculativeConfig, config, init_logger
 from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, default_plan_dir, load_plan
 
@@ -31,6 +31,7 @@ SETTINGS = {
     "synthetic_acceptance_rates",
     "synthetic_acceptance_length",
     "num_speculative_tokens_per_batch_size",
+    "enable_adaptive_verification",
     "enforce_eager",
 }
 
@@ -97,6 +98,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
             f"Remove it; the settings are {', '.join(sorted(SETTINGS))}.",
         )
     refuse_unsupported(args, model_config, parallel_config)
+    refuse_synthetic_on_cpu(settings)
     check_batch_table(settings.get("num_speculative_tokens_per_batch_size"))
     plan, path = find_plan(model_config.model, model_config.revision, settings.get("model"))
     k = draft_tokens(plan, settings.get("num_speculative_tokens"))

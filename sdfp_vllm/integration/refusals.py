@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.integration.upstream import current_platform
 
 # (feature, is it asked for?, why not, the way out)
 _Check = tuple[str, Callable[[Any, Any, Any], bool], str, str]
@@ -79,3 +80,16 @@ def refuse_unsupported(args: Any, model_config: Any, parallel_config: Any) -> No
     for where, asked, why, way_out in CHECKS:
         if asked(args, model_config, parallel_config):
             raise SdfpError(where, f"cannot be used with SDFP: it {why}", way_out)
+
+
+def refuse_synthetic_on_cpu(settings: Mapping[str, Any]) -> None:
+    """Raises SdfpError for synthetic acceptance on a CPU, where the first request would end the engine.
+
+    Upstream's CPU sampler (V1 runner, 0.32.0) asserts that there is none, with any method.
+    """
+    if settings.get("rejection_sample_method") == "synthetic" and current_platform.is_cpu():
+        raise SdfpError(
+            "speculative_config['rejection_sample_method']",
+            "is 'synthetic', which vLLM's sampler on a CPU does not have",
+            "Leave it out, or use a GPU.",
+        )

@@ -232,6 +232,7 @@ def test_setting_without_a_meaning(model, its_plan, name):
     [
         ("draft_sample_method", "lottery"),
         ("rejection_sample_method", "lottery"),
+        ("rejection_sample_method", "synthetic"),  # not on a CPU
         ("num_speculative_tokens_per_batch_size", [[2, 3, 1]]),
         ("num_speculative_tokens_per_batch_size", [[1, 4]]),
         ("num_speculative_tokens_per_batch_size", "often"),
