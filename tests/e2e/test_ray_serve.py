@@ -38,15 +38,21 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def replicas(server: subprocess.Popen) -> list[psutil.Process]:
-    """The engine replicas' processes."""
+def engine_core(replica: psutil.Process) -> psutil.Process | None:
+    return next((c for c in replica.children() if c.cmdline() == ["VLLM::EngineCore"]), None)
+
+
+def replicas(server: subprocess.Popen, ready: bool = False) -> list[psutil.Process]:
+    """The engine replicas' processes; with `ready`, only of those that have started their engines."""
     found = []
     for process in psutil.Process(server.pid).children(recursive=True):
         try:
-            if process.name().startswith(REPLICA[:15]) and process.cmdline()[:1] == [REPLICA]:
-                found.append(process)
+            title = (process.cmdline() or [""])[0]
+            started = ".initialize" not in title and engine_core(process) is not None
         except psutil.Error:
             continue
+        if title.startswith(REPLICA) and (started or not ready):
+            found.append(process)
     return found
 
 
@@ -93,7 +99,7 @@ def server(plain, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str]]:
     def up() -> bool:
         said = log.read_text()
         assert process.poll() is None and "build_serve_application failed" not in said, said[-4000:]
-        return "is ready at" in said
+        return len(replicas(process, ready=True)) == 2
 
     try:
         wait_until("two replicas are up", up)
@@ -184,9 +190,9 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(server, client, pla
 
 def test_a_replica_whose_engine_dies_is_replaced(server):
     """The replica's own process lives on: only the health check can tell."""
-    replica, core = next(
-        (r, c) for r in replicas(server[0]) for c in r.children() if c.cmdline() == ["VLLM::EngineCore"]
-    )
+    replica = replicas(server[0], ready=True)[0]
+    core = engine_core(replica)
+    assert core is not None
     core.kill()
     wait_until("the replica is stopped", lambda: not replica.is_running(), 120)
     wait_until("another is started", lambda: len(replicas(server[0])) == 2, 60)

@@ -48,6 +48,13 @@ def test_rows_keep_order_ids_and_their_own_settings(tmp_path, tokenizer):
     assert requests_key([a, b, c]) != requests_key([a, b]) != requests_key([a, b], "other model")
 
 
+def test_a_chat_goes_through_the_models_template(tmp_path):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    (chat,) = read(tmp_path, tokenizer, '{"messages": [{"role": "user", "content": "import os"}]}')
+    assert chat.prompt_token_ids == tokenizer.encode("[user] import os\n[assistant]")
+
+
 GOOD = '{"prompt": "x"}'
 
 
