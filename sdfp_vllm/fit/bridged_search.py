@@ -6,20 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from sdfp_vllm.bridge import BridgeKind
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.bridges import BridgeFitter, FittedBridges
 from sdfp_vllm.fit.cost import MeasuredCost, measure_bridge_ms
-from sdfp_vllm.fit.rollout import DraftRollout
+from sdfp_vllm.fit.rollout import Continuations, DraftRollout
 from sdfp_vllm.fit.rounds import AcceptedRuns
-from sdfp_vllm.fit.search import Choice, search, search_above
+from sdfp_vllm.fit.search import Choice, search_above
 from sdfp_vllm.plan import CostModel, LayerScore
 
 BridgeRequest = Literal["none", "bias", "affine", "low-rank", "auto"]
-REQUESTS: tuple[BridgeRequest, ...] = ("none", "bias", "affine", "low-rank", "auto")
-_TRIED: tuple[BridgeKind, ...] = ("affine", "low-rank")  # a bias is an affine map with less to it
+_Variant = tuple[BridgeKind, int] | None  # kind and rank; None for no bridge
+_LOW_RANK: list[_Variant] = [("low-rank", 16), ("low-rank", 64)]
+# What each request tries, in order. In "auto" no bias: an affine map is one with more to it, at the same cost.
+VARIANTS: dict[BridgeRequest, list[_Variant]] = {
+    "none": [None],
+    "bias": [("bias", 0)],
+    "affine": [("affine", 0)],
+    "low-rank": _LOW_RANK,
+    "auto": [None, ("affine", 0), *_LOW_RANK],
+}
 # What bridges must add to the predicted speed: below it the gain is within the prediction's error.
 MARGIN = 1.02
 
@@ -41,61 +47,67 @@ class BridgedChoice:
 class BridgedRollout:
     """A `DraftRollout` to the search, that fits bridges to every keep set before it tries it."""
 
-    def __init__(self, rollout: DraftRollout, fitter: BridgeFitter, kind: BridgeKind):
-        self._rollout, self._fitter, self._kind = rollout, fitter, kind
+    def __init__(self, rollout: DraftRollout, fitter: BridgeFitter, kind: BridgeKind, rank: int):
+        self._rollout, self._fitter, self._kind, self._rank = rollout, fitter, kind, rank
         self.fitted: dict[tuple[int, ...], FittedBridges] = {}
 
     def run(
         self, keep: Sequence[int], steps: int, proceed: Callable[[AcceptedRuns], bool] = lambda runs: True
     ) -> AcceptedRuns:
-        fitted = self.fitted[tuple(keep)] = self._fitter.fit(keep, self._kind)
+        fitted = self.fitted[tuple(keep)] = self._fitter.fit(keep, self._kind, self._rank)
         return self._rollout.run(keep, steps, proceed, fitted.bridges)
 
 
 def search_bridged(
     request: BridgeRequest,
     rollout: DraftRollout,
-    calibration: Tensor,
+    text: Continuations | None,
     scores: Sequence[LayerScore],
     cost: MeasuredCost,
     **options: Any,
 ) -> BridgedChoice:
     """Searches keep sets and draft lengths with the bridges asked for.
 
-    "auto" searches without bridges first, then with each kind what could beat that by MARGIN: what it
-    costs more is the fits and rollouts of those keep sets alone. A kind by name is searched in the place
-    of the search without.
+    Each of the request's variants is a search of its own, that tries only what could beat the best so
+    far; bridges must beat no bridges by MARGIN. A kind by name is taken even where it is slower than none.
 
     Args:
-        calibration: int64 [N, T] windows that bridges are fitted on; other text than the rollout's.
+        text: What bridges are fitted on, written by the target like the rollout's, from other prompts;
+            None where none are asked for.
         options: Passed to `search`.
     """
-    if request == "none":
-        return BridgedChoice(search(rollout, scores, cost, **options), FittedBridges(), cost)
-    fitter = BridgeFitter(rollout.stack, calibration)
-    if request != "auto":
-        bridged = BridgedRollout(rollout, fitter, request)
-        dearer = replace(cost, bridge_ms=measure_bridge_ms(rollout.stack, fitter.blank(request)))
-        choice = search(bridged, scores, dearer, **options)  # type: ignore[arg-type]
-        return BridgedChoice(choice, bridged.fitted[tuple(choice.kept_layers)], dearer)
-    best = BridgedChoice(search(rollout, scores, cost, **options), FittedBridges(), cost)
-    bar = best.choice.prediction.speedup * MARGIN
-    for kind in _TRIED:
-        bridged = BridgedRollout(rollout, fitter, kind)
-        dearer = replace(cost, bridge_ms=measure_bridge_ms(rollout.stack, fitter.blank(kind)))
-        better = search_above(bar, bridged, scores, dearer, **options)  # type: ignore[arg-type]
-        if better is not None:
-            best = BridgedChoice(better, bridged.fitted[tuple(better.kept_layers)], dearer)
-            bar = better.prediction.speedup
+    fitter = None if text is None else BridgeFitter(rollout.stack, text)
+    best: BridgedChoice | None = None
+    for variant in VARIANTS[request]:
+        bar = 0.0
+        if best is not None:
+            bar = best.choice.prediction.speedup * (1.0 if best.fitted.runs else MARGIN)
+        found = _search(variant, bar, rollout, fitter, scores, cost, options)
+        best = found or best
+    assert best is not None  # nothing is predicted to have no speed at all
     return best
 
 
-def searches(request: BridgeRequest) -> int:
-    """How many searches `request` takes."""
-    return 1 + len(_TRIED) if request == "auto" else 1
+def _search(
+    variant: _Variant,
+    bar: float,
+    rollout: DraftRollout,
+    fitter: BridgeFitter | None,
+    scores: Sequence[LayerScore],
+    cost: MeasuredCost,
+    options: dict[str, Any],
+) -> BridgedChoice | None:
+    if variant is None:
+        choice = search_above(bar, rollout, scores, cost, **options)
+        return BridgedChoice(choice, FittedBridges(), cost) if choice else None
+    assert fitter is not None
+    bridged = BridgedRollout(rollout, fitter, *variant)
+    cost = replace(cost, bridge_ms=measure_bridge_ms(rollout.stack, fitter.blank(*variant)))
+    choice = search_above(bar, bridged, scores, cost, **options)  # type: ignore[arg-type]
+    return BridgedChoice(choice, bridged.fitted[tuple(choice.kept_layers)], cost) if choice else None
 
 
 def check_bridge(request: str) -> None:
-    """Raises SdfpError unless `request` is one of REQUESTS."""
-    if request not in REQUESTS:
-        raise SdfpError("--bridge", f"{request!r} is not known", f"Use one of {', '.join(REQUESTS)}.")
+    """Raises SdfpError unless `request` is one that VARIANTS knows."""
+    if request not in VARIANTS:
+        raise SdfpError("--bridge", f"{request!r} is not known", f"Use one of {', '.join(VARIANTS)}.")

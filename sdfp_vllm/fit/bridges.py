@@ -1,9 +1,9 @@
 """Bridges fitted in closed form to what really enters and should leave each run of skipped layers.
 
 A run is bridged from h, the residual stream that the draft brings to it, to t, the full model's
-stream behind it at the same position. Rows are first draft steps at every position of calibration
-text: past K/V from the full model, everything else from the pruned path, with the bridges of the
-runs before in place. Least squares is weighted by 1 / rms(t), since the next norm divides by that.
+stream behind it at the same position. Rows are first draft steps at every position of text that the
+target wrote: past K/V from the full model, everything else from the pruned path, with the bridges of
+the runs before in place. (Fitted on other people's text, bridges lowered the acceptance of drafts.) Least squares is weighted by 1 / rms(t), since the next norm divides by that.
 
     bias       shift = mean(t - h)
     affine     per channel, ridge towards the identity
@@ -18,7 +18,7 @@ left without one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,11 +29,12 @@ from torch.nn.functional import pad
 
 from sdfp_vllm.bridge import Bridge, BridgeKind
 from sdfp_vllm.bridge_file import Run
+from sdfp_vllm.fit.bridged_stack import like_model, placing
+from sdfp_vllm.fit.rollout import Continuations
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.plan import BridgeRun, runs_skipped
 
-RANK = 16
 # Penalties tried, over the mean square of the inputs.
 _PENALTIES: dict[BridgeKind, tuple[float, ...]] = {
     "bias": (0.0,),
@@ -51,17 +52,6 @@ class FittedBridges:
     bridges: dict[Run, Bridge] = field(default_factory=dict)
 
 
-class _Bridged(nn.Module):
-    """Stands in for the first skipped layer of a run: the residual stream passes through its bridge."""
-
-    def __init__(self, bridge: Bridge):
-        super().__init__()
-        self.bridge = bridge
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.bridge.apply(hidden_states)
-
-
 class _Fitting(nn.Module):
     """Stands in for the first skipped layer of a run: fits the run's bridge to its rows, then is it."""
 
@@ -72,25 +62,6 @@ class _Fitting(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bridge = self.fit(hidden_states[0])
         return hidden_states if bridge is None else bridge.apply(hidden_states)
-
-
-@contextlib.contextmanager
-def bridging(
-    stack: DecoderStack, keep: Sequence[int], bridges: Mapping[Run, Bridge] | None = None
-) -> Iterator[None]:
-    """While open, the model runs the layers in `keep`, with `bridges` over the runs between them."""
-    placed = {run[0]: _Bridged(_like(bridge, stack)) for run, bridge in (bridges or {}).items()}
-    with _placing(stack, keep, placed):
-        yield
-
-
-@contextlib.contextmanager
-def _placing(stack: DecoderStack, keep: Sequence[int], modules: Mapping[int, nn.Module]) -> Iterator[None]:
-    with stack.keeping(keep) as model:
-        layers: Any = model.model.layers  # made anew by `keeping`, and dropped by it
-        for i, module in modules.items():
-            layers[i] = module
-        yield
 
 
 @contextlib.contextmanager
@@ -109,25 +80,19 @@ def _recording(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             h.remove()
 
 
-def _like(bridge: Bridge, stack: DecoderStack) -> Bridge:
-    """The bridge as the engine holds it: on the model's device and in its dtype."""
-    return bridge.to(device=stack.device, dtype=next(stack.head.parameters()).dtype)
-
-
 class BridgeFitter:
-    """Fits bridges on calibration windows; the full pass over them is done once, at construction.
+    """Fits bridges on the target's own text; the full pass over it is done once, at construction.
 
-    Memory: for all windows' tokens, K/V and the residual stream of every layer.
+    Memory: for all tokens of `text`, K/V and the residual stream of every layer.
 
     Args:
-        ids: int64 [N, T] windows, N at least 1.
-        advance: Called with 1 after each window.
+        text: Other than what the bridges are judged on. Its prompts are fitted to as well.
     """
 
     @torch.no_grad()
-    def __init__(self, stack: DecoderStack, ids: Tensor, advance: Callable[[int], None] | None = None):
+    def __init__(self, stack: DecoderStack, text: Continuations):
         self.stack = stack
-        self._ids = ids.to(stack.device)
+        self._ids = text.ids
         self._full: list[FullPass] = []
         streams = []  # per window [L + 1, T, H]: what enters each layer, and the final norm
         with rollout_attention(stack):
@@ -136,19 +101,18 @@ class BridgeFitter:
                 with _recording([*stack.layers, stack.norm]) as entered:
                     self._forward(window, torch.arange(len(window), device=window.device), self._full[-1])
                 streams.append(torch.stack(entered))
-                if advance:
-                    advance(1)
-        # The first position, where attention sinks live, is never drafted.
-        self._streams = torch.stack([s[:, 1:] for s in streams], dim=1).flatten(1, 2)  # [L + 1, rows, H]
-        count, length = self._ids.shape[0], self._ids.shape[1] - 1
-        sequence = torch.arange(count, device=stack.device).repeat_interleave(length)
-        start = torch.arange(1, length + 1, device=stack.device).repeat(count)
+        # The first position, where attention sinks live, is never drafted; past its end a text is not read.
+        position = torch.arange(self._ids.shape[1], device=stack.device)
+        used = (position > 0) & (position < text.ends.to(stack.device)[:, None])
+        sequence, start = used.nonzero(as_tuple=True)
         self._rows = (sequence, start)
+        self._streams = torch.cat([s[:, used[n]] for n, s in enumerate(streams)], dim=1)  # [L + 1, rows, H]
+        count = len(self._ids)
         share = max(1, count // _HELD_OUT)
-        self._held = sequence >= count - share if count > 1 else start > length - length // _HELD_OUT
+        self._held = sequence >= count - share if count > 1 else start % _HELD_OUT == 0
 
     @torch.no_grad()
-    def fit(self, keep: Sequence[int], kind: BridgeKind, rank: int = RANK) -> FittedBridges:
+    def fit(self, keep: Sequence[int], kind: BridgeKind, rank: int) -> FittedBridges:
         """Fits a bridge of `kind` over every run that `keep` skips, run after run in draft order."""
         fitted = FittedBridges()
         rank = min(rank, self._streams.shape[-1])
@@ -161,18 +125,18 @@ class BridgeFitter:
             fitted.runs.append(
                 BridgeRun(first=run[0], last=run[1], regularisation=penalty, error=round(error, 6))
             )
-            return _like(bridge, self.stack)
+            return like_model(bridge, self.stack)
 
         sequence, start = self._rows
         modules = {
             run[0]: _Fitting(partial(fit_run, run))
             for run in sorted(runs_skipped(keep, self.stack.num_layers))
         }
-        with _placing(self.stack, keep, modules), rollout_attention(self.stack):
+        with placing(self.stack, keep, modules), rollout_attention(self.stack):
             self._forward(self._ids[sequence, start], start, DraftRows(self._full, sequence, start))
         return fitted
 
-    def blank(self, kind: BridgeKind, rank: int = RANK) -> Bridge:
+    def blank(self, kind: BridgeKind, rank: int) -> Bridge:
         """A bridge of the shape that `fit` gives, to be timed before any is fitted."""
         vector = self._streams.new_zeros(self._streams.shape[-1])
         matrix = vector.repeat(min(rank, len(vector)), 1)

@@ -17,11 +17,11 @@ from sdfp_vllm.bridge_file import pack_bridges
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.fit.bridged_search import (
+    VARIANTS,
     BridgedChoice,
     BridgeRequest,
     check_bridge,
     search_bridged,
-    searches,
 )
 from sdfp_vllm.fit.calibration import Calibration, load_calibration
 from sdfp_vllm.fit.cost import measure_cost
@@ -100,7 +100,8 @@ def make_plan(
     # Text first: its errors are the user's to mend, and loading the weights may take minutes.
     calibration = _calibration(options, tokenizer, options.sequences, options.length, options.seed)
     # Drafts are tried on other text than the layers were scored on.
-    prompts = _calibration(options, tokenizer, options.text_sequences, options.prompt, options.seed + 1)
+    count = options.text_sequences * (1 if options.bridge == "none" else 2)
+    prompts = _calibration(options, tokenizer, count, options.prompt, options.seed + 1)
     with stages(console) as bar:
         # First, so that this process and a worker on this machine never hold the model at once.
         sums = _sums_on_ray(model, calibration.ids, identity, folder, options, bar) if options.ray else None
@@ -112,7 +113,7 @@ def make_plan(
             if sums
             else _scores(stack, calibration.ids, identity, folder, options, bar)
         )
-        found = _choose(stack, prompts.ids, calibration.ids, scores, options, bar)
+        found = _choose(stack, prompts.ids, scores, options, bar)
     choice, fitted = found.choice, found.fitted
     described: Literal["none"] | Bridges = "none"
     tensors = None
@@ -173,24 +174,21 @@ def _sums_on_ray(
 
 
 def _choose(
-    stack: DecoderStack,
-    prompts: Tensor,
-    calibration: Tensor,
-    scores: list[LayerScore],
-    options: PlanOptions,
-    bar: Stages,
+    stack: DecoderStack, prompts: Tensor, scores: list[LayerScore], options: PlanOptions, bar: Stages
 ) -> BridgedChoice:
     with bar.step("Target's own text", options.new_tokens) as advance:
         text = greedy_continuations(stack, prompts, options.new_tokens, advance)
     with bar.step("Costs on this machine", 1):
         cost = measure_cost(stack, max_rows=(options.draft_tokens or MAX_TRIED) + 1)
-    sizes = (1 if options.layers else len(candidate_sizes(stack.num_layers))) * searches(options.bridge)
-    with bar.step("Trying drafts", len(prompts) + sizes) as advance:
-        rollout = DraftRollout(stack, text, advance)
+    sizes = (1 if options.layers else len(candidate_sizes(stack.num_layers))) * len(VARIANTS[options.bridge])
+    # Bridges are judged on the same text as keep sets without, and fitted on the rest.
+    tried, rest = text.split(options.text_sequences)
+    with bar.step("Trying drafts", len(tried.ids) + sizes) as advance:
+        rollout = DraftRollout(stack, tried, advance)
         return search_bridged(
             options.bridge,
             rollout,
-            calibration,
+            rest,
             scores,
             cost,
             form=options.score_form,

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.bridge_file import Run
-from sdfp_vllm.fit.bridges import bridging
+from sdfp_vllm.fit.bridged_stack import bridging
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
@@ -43,6 +43,11 @@ class Continuations:
     ids: Tensor
     first: int
     ends: Tensor
+
+    def split(self, count: int) -> tuple[Continuations, Continuations | None]:
+        """The first `count` sequences, and the others (None: there are none)."""
+        rest = Continuations(self.ids[count:], self.first, self.ends[count:])
+        return Continuations(self.ids[:count], self.first, self.ends[:count]), rest if len(rest.ids) else None
 
 
 @torch.no_grad()

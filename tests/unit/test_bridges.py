@@ -12,8 +12,9 @@ from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.fit import bridged_search
 from sdfp_vllm.fit import bridges as bridges_module
 from sdfp_vllm.fit.bridged_search import MARGIN, search_bridged
-from sdfp_vllm.fit.bridges import BridgeFitter, FittedBridges, bridging, fit_bridge
-from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
+from sdfp_vllm.fit.bridged_stack import bridging
+from sdfp_vllm.fit.bridges import BridgeFitter, FittedBridges, fit_bridge
+from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.plan import BridgeRun, FitScore, LayerScore
@@ -30,6 +31,13 @@ def rows(seed: int = 0) -> torch.Tensor:
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(sequences: int, length: int) -> Continuations:
+    """Random ids; the last sequence ends three tokens early."""
+    ends = torch.full((sequences,), length)
+    ends[-1] -= 3
+    return Continuations(tiny_ids(sequences, length), 1, ends)
 
 
 EXACT = {
@@ -96,8 +104,8 @@ def test_each_run_is_fitted_to_what_the_runs_before_it_make(architecture, monkey
         bridges_module, "fit_bridge", lambda *args: (*fit_bridge(*args)[:2], min(fit_bridge(*args)[2], 0.99))
     )
     stack = DecoderStack(tiny_model(architecture, eos_token_id=None))
-    fitter = BridgeFitter(stack, tiny_ids(8, 24))
-    fitted = fitter.fit(KEEP, "bias")
+    fitter = BridgeFitter(stack, text(8, 24))
+    fitted = fitter.fit(KEEP, "bias", 0)
     runs = [(r.first, r.last) for r in fitted.runs]
     assert runs == [(1, 1), (3, 3)]
     entering = []
@@ -116,7 +124,7 @@ def test_each_run_is_fitted_to_what_the_runs_before_it_make(architecture, monkey
     torch.testing.assert_close(again.shift, fitted.bridges[runs[1]].shift, atol=1e-4, rtol=1e-4)
     assert min(error, 0.99) == pytest.approx(fitted.runs[1].error, abs=1e-4)
     # Fitted to the unbridged stream it would be another.
-    alone = fitter.fit(KEEP, "bias")
+    alone = fitter.fit(KEEP, "bias", 0)
     assert torch.equal(alone.bridges[runs[1]].shift, fitted.bridges[runs[1]].shift)
     with_nothing = fit_bridge(fitter._streams[3], target, fitter._held, "bias", 0)[0]
     assert (with_nothing.shift - again.shift).abs().max() > 1e-2
@@ -157,7 +165,7 @@ def test_the_model_is_left_as_it_was():
     stack = DecoderStack(tiny_model(eos_token_id=None))
     ids = torch.arange(8)[None]
     before, layers = stack.logits(ids), list(stack.model.model.layers)
-    BridgeFitter(stack, tiny_ids(4, 12)).fit(KEEP, "low-rank", 2)
+    BridgeFitter(stack, text(4, 12)).fit(KEEP, "low-rank", 2)
     assert list(stack.model.model.layers) == layers and not stack.norm._forward_pre_hooks
     assert torch.equal(stack.logits(ids), before)
 
@@ -180,14 +188,14 @@ class _Rollout:
 
 
 class _Fitter:
-    def __init__(self, stack, ids):
+    def __init__(self, stack, text):
         pass
 
-    def fit(self, keep, kind, rank=0):
+    def fit(self, keep, kind, rank):
         run = BridgeRun(first=1, last=1, regularisation=0.0, error=0.5)
         return FittedBridges([run], {(1, 1): EXACT[kind]})
 
-    def blank(self, kind):
+    def blank(self, kind, rank):
         return EXACT[kind]
 
 
@@ -208,7 +216,7 @@ def choose(request: str, plain: int, bridge_ms: float = 0.0, **bridged: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bridged_search, "BridgeFitter", _Fitter)
         patch.setattr(bridged_search, "measure_bridge_ms", lambda stack, bridge: bridge_ms)
-        return search_bridged(request, rollout, torch.zeros(1, 1), scores, measured, layers=4)
+        return search_bridged(request, rollout, text(1, 4), scores, measured, layers=4)
 
 
 def test_auto_keeps_the_bridge_that_is_fastest():
@@ -246,5 +254,5 @@ def test_a_kind_by_name_is_taken_even_where_it_loses_and_its_time_is_reckoned():
 
 def test_bridges_fitted_lower_the_error_they_are_fitted_for():
     stack = DecoderStack(tiny_model(eos_token_id=None))
-    fitted = BridgeFitter(stack, tiny_ids(8, 24)).fit(KEEP, "affine")
+    fitted = BridgeFitter(stack, text(8, 24)).fit(KEEP, "affine", 0)
     assert fitted.runs and all(0 <= r.error < 1 for r in fitted.runs)

@@ -1,0 +1,42 @@
+"""Plans with random bridges, for tests that must see a bridge at work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from engines import write_plan
+
+from sdfp_vllm.bridge import Bridge
+from sdfp_vllm.bridge_file import Run, pack_bridges
+from sdfp_vllm.plan import BridgeRun, load_plan, runs_skipped
+
+RANK = 5
+
+
+def write_bridged_plan(
+    model: Path, folder: Path, kept: Sequence[int], k: int, strength: float = 0.3
+) -> tuple[str, dict[Run, Bridge]]:
+    """Writes a plan with a random low-rank bridge over every run it skips; returns its folder and them."""
+    write_plan(model, folder, kept, k)
+    plan = load_plan(folder)
+    hidden = plan.fingerprint.hidden_size
+    g = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int, scale: float) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=g)
+
+    bridges = {
+        run: Bridge(
+            noise(hidden, scale=0.03 * strength),
+            mean=noise(hidden, scale=0.1),
+            down=noise(RANK, hidden, scale=strength * hidden**-0.5),
+            up=noise(RANK, hidden, scale=strength),
+        )
+        for run in sorted(runs_skipped(kept, plan.fingerprint.num_layers))
+    }
+    runs = [BridgeRun(first=a, last=b, regularisation=0.0, error=0.5) for a, b in bridges]
+    described, content = pack_bridges(runs, bridges)
+    plan.model_copy(update={"bridges": described}).save(folder, content)
+    return str(folder), bridges
