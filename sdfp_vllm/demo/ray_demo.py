@@ -32,6 +32,8 @@ _ENGINE = {
     "max_model_len": 512,
     "enforce_eager": True,
     "kv_cache_memory_bytes": 256 << 20,
+    # On a CPU, vLLM would give the worker a process of its own, to bind its threads; here is one thread.
+    "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
 }
 _SETTINGS = {
     "OMP_NUM_THREADS": "1",
