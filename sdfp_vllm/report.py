@@ -45,10 +45,21 @@ def summary(plan: SkipPlan, path: Path) -> Text:
     lines = Text()
     lines.append(verdict(plan) + "\n", style="green" if plan.worthwhile else "yellow")
     lines.append(f"Kept layers: {' '.join(map(str, plan.kept_layers))}\n")
+    if text := bridges(plan):
+        lines.append(f"Bridges: {text}\n")
     lines.append(f"Plan: {path}\n")
     lines.append(f"{'Serve it' if plan.worthwhile else 'Serve it all the same'}: ")
     lines.append(serve_command(plan, path.parent), style="bold")
     return lines
+
+
+def bridges(plan: SkipPlan) -> str:
+    """Kind, rank and runs of the plan's bridges, each with the error it leaves; empty for none."""
+    if plan.bridges == "none":
+        return ""
+    rank = f" of rank {plan.bridges.rank}" if plan.bridges.rank else ""
+    runs = ", ".join(f"{r.first}-{r.last} ({r.error:.2f})" for r in plan.bridges.runs)
+    return f"{plan.bridges.kind}{rank} over layers (held-out error left): {runs}"
 
 
 def tables(plan: SkipPlan) -> Group:
@@ -116,11 +127,8 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
     ]
     if plan.draft_tokens_by_batch:
         rows.append(("draft tokens by batch", ", ".join(f"{b}: {k}" for b, k in plan.draft_tokens_by_batch)))
-    if plan.bridges != "none":
-        b = plan.bridges
-        runs = ", ".join(f"{r.first}-{r.last} ({r.error:.2f})" for r in b.runs)
-        rank = f" of rank {b.rank}" if b.rank else ""
-        rows.append(("bridges", f"{b.kind}{rank} over layers (held-out error left): {runs}"))
+    if text := bridges(plan):
+        rows.append(("bridges", text))
     if cost:
         relative = " ".join(f"{v / cost.verify_ms[0]:.2f}" for v in cost.verify_ms)
         rows += [
