@@ -20,7 +20,10 @@ pytestmark = pytest.mark.engine
 SEQUENCES, LENGTH = 32, 40
 
 
-@pytest.fixture(scope="module", params=["probabilistic", "greedy"])
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["probabilistic", pytest.param("greedy", marks=SLOW)])
 def llm(request: Any, bigram: Any, tmp_path_factory: Any) -> Any:
     """Drafts that are sampled ("probabilistic") and one-hot ("greedy")."""
     plan = write_plan(bigram, tmp_path_factory.mktemp("plan"), [0, 3], k=3)
@@ -39,7 +42,9 @@ def draw(llm: Any, **params: Any) -> torch.Tensor:
     return torch.tensor([[i % VOCAB, *o.outputs[0].token_ids] for i, o in enumerate(out)])
 
 
-@pytest.mark.parametrize("params", [dict(temperature=1.0), dict(temperature=0.7)], ids=str)
+@pytest.mark.parametrize(
+    "params", [dict(temperature=1.0), pytest.param(dict(temperature=0.7), marks=SLOW)], ids=str
+)
 def test_transitions_follow_the_exact_distribution(llm: Any, exact: torch.Tensor, params: Any):
     """1,248 draws each."""
     before = spec_counters(llm)
