@@ -48,22 +48,25 @@ def test_same_text_at_every_batch_size_and_as_requests_come_and_go(
         assert i == 3 or len(answers[str(i)]) == LENGTH
 
 
-# Chunks smaller than most prompts: requests that sample nothing in a step are not drafted for.
-# 6 blocks of 32 tokens for 6 requests of up to 90: preemption.
-# Drafts up to the last position there is; the longest prompt has 69 tokens.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "chunked prefill": dict(max_num_batched_tokens=16),
-    "preemption": dict(num_gpu_blocks_override=7, block_size=32, max_model_len=96),
-    "no prefix caching": dict(enable_prefix_caching=False),
-    "up to max_model_len": dict(max_model_len=80),
+# Longest prompt, and settings.
+SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    # Chunks smaller than most prompts: requests that sample nothing in a step are not drafted for.
+    "chunked prefill": (70, dict(max_num_batched_tokens=16)),
+    # 6 requests begin with a block of 32 tokens each and grow into a second; there are 7.
+    "preemption": (26, dict(num_gpu_blocks_override=8, block_size=32, max_model_len=96)),
+    "no prefix caching": (40, dict(enable_prefix_caching=False)),
+    # Drafts up to the last position there is, and past it.
+    "up to max_model_len": (70, dict(max_model_len=80)),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_same_text_under(target: Path, plan: str, some: list[list[int]], name: str):
+    longest, settings = SETTINGS[name]
+
     def run(speculative: dict[str, Any] | None) -> list[list[list[int]]]:
-        with engine(target, speculative, **SETTINGS[name]) as llm:
-            out = tokens(llm, some[:6], max_tokens=LENGTH)
+        with engine(target, speculative, **settings) as llm:
+            out = tokens(llm, [p[:longest] for p in some[:6]], max_tokens=LENGTH)
             preempted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
             assert bool(preempted) == (name == "preemption")
             return out
