@@ -3,7 +3,8 @@
 A run is bridged from h, the residual stream that the draft brings to it, to t, the full model's
 stream behind it at the same position. Rows are first draft steps at every position of text that the
 target wrote: past K/V from the full model, everything else from the pruned path, with the bridges of
-the runs before in place. (Fitted on other people's text, bridges lowered the acceptance of drafts.) Least squares is weighted by 1 / rms(t), since the next norm divides by that.
+the runs before in place. (Fitted on ordinary text, bridges gained less, and lost at some sizes.)
+Least squares is weighted by 1 / rms(t), since the next norm divides by that.
 
     bias       shift = mean(t - h)
     affine     per channel, ridge towards the identity
