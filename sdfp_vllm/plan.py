@@ -7,22 +7,20 @@ Nothing in it is executable; loading it reads no file outside the folder.
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sdfp_vllm.errors import PlanError
 from sdfp_vllm.fingerprint import Fingerprint
+from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
 BRIDGE_FILE = "bridges.safetensors"
-MAX_PLAN_BYTES = 64 << 20
 MAX_DRAFT_TOKENS = 32
 MAX_BRIDGE_RANK = 64
 
@@ -216,8 +214,8 @@ class SkipPlan(_Strict):
         folder = Path(folder)
         path = folder / PLAN_FILE
         if tensors is not None:
-            _write(folder / BRIDGE_FILE, tensors)
-        _write(path, (self.model_dump_json(indent=1) + "\n").encode())
+            write_atomically(folder / BRIDGE_FILE, tensors)
+        write_plan(self, path)
         if tensors is None:
             (folder / BRIDGE_FILE).unlink(missing_ok=True)  # of the plan that was here before
         return path
@@ -227,31 +225,6 @@ def runs_skipped(kept: Sequence[int], num_layers: int) -> set[tuple[int, int]]:
     """The maximal runs (first, last) of layers that `kept`, ascending, leaves out."""
     edges = [-1, *kept, num_layers]
     return {(a + 1, b - 1) for a, b in itertools.pairwise(edges) if b - a > 1}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replaces `path` atomically, making its folder.
-
-    Raises:
-        PlanError: If it cannot be written; what was there stays.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".plan-", delete=False) as f:
-            temporary = f.name
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise PlanError(
-            str(path),
-            f"cannot be written ({e.strerror or e})",
-            "Free space or choose another folder with -o.",
-        ) from e
 
 
 def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan:
@@ -268,40 +241,7 @@ def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan
     path = Path(path)
     if path.is_dir():
         path = path / PLAN_FILE
-    again = "Make the plan again with `sdfp plan MODEL`."
-    try:
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise PlanError(str(path), f"is larger than {MAX_PLAN_BYTES >> 20} MiB", again)
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        raise PlanError(
-            str(path), "no such plan", "Make it with `sdfp plan MODEL -o FOLDER`, or correct the path."
-        ) from e
-    except (OSError, UnicodeDecodeError, ValueError) as e:
-        if isinstance(e, PlanError):
-            raise
-        raise PlanError(str(path), f"cannot be read ({e})", again) from e
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise PlanError(str(path), f"is not JSON ({e})", again) from e
-    if not isinstance(raw, dict):
-        raise PlanError(str(path), "is not a JSON object", again)
-    version = raw.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise PlanError(
-            f"{path}: field schema_version",
-            f"is {version!r}, this release reads {SCHEMA_VERSION}",
-            "Upgrade sdfp-vllm, or make the plan again with `sdfp plan MODEL`.",
-        )
-    try:
-        plan = SkipPlan.model_validate(raw)
-    except ValidationError as e:
-        first = e.errors()[0]
-        field = ".".join(str(p) for p in first["loc"]) or "kept_layers/scores/curve"
-        raise PlanError(f"{path}: field {field}", first["msg"], again) from e
-    except RecursionError as e:
-        raise PlanError(str(path), "is nested too deeply", again) from e
+    plan = read_plan(path, SkipPlan, SCHEMA_VERSION, "sdfp plan MODEL")
     if expected is not None and (differences := plan.fingerprint.differences(expected)):
         raise PlanError(
             str(path),

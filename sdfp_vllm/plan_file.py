@@ -16,18 +16,18 @@ MAX_PLAN_BYTES = 64 << 20
 _Plan = TypeVar("_Plan", bound=BaseModel)
 
 
-def write_plan(plan: BaseModel, path: Path) -> Path:
-    """Writes `plan` as JSON: a reader sees the old file or the new one.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path`, making its folder: a reader sees the old file or the new one.
 
     Raises:
-        PlanError: If it cannot be written.
+        PlanError: If it cannot be written; what was there stays.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".plan-", delete=False) as f:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".plan-", delete=False) as f:
             temporary = f.name
-            f.write(plan.model_dump_json(indent=1) + "\n")
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -37,9 +37,17 @@ def write_plan(plan: BaseModel, path: Path) -> Path:
         raise PlanError(
             str(path),
             f"cannot be written ({e.strerror or e})",
-            "Free space or choose another place with -o.",
+            "Free space or choose another folder with -o.",
         ) from e
-    return path
+
+
+def write_plan(plan: BaseModel, path: Path) -> None:
+    """Writes `plan` as JSON, atomically.
+
+    Raises:
+        PlanError: If it cannot be written.
+    """
+    write_atomically(path, (plan.model_dump_json(indent=1) + "\n").encode())
 
 
 def read_plan(path: Path, kind: type[_Plan], version: int, make: str) -> _Plan:
@@ -79,7 +87,7 @@ def read_plan(path: Path, kind: type[_Plan], version: int, make: str) -> _Plan:
         return kind.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
-        field = ".".join(str(p) for p in first["loc"]) or "(several)"
+        field = ".".join(str(p) for p in first["loc"]) or "of several"
         raise PlanError(f"{path}: field {field}", first["msg"], again) from e
     except RecursionError as e:
         raise PlanError(str(path), "is nested too deeply", again) from e

@@ -48,7 +48,9 @@ class MacCount(BaseModel):
         return gamma
 
 
-def count_macs(denoiser: nn.Module, layout: Layout, args: tuple, kwargs: dict[str, Any]) -> MacCount:
+def count_macs(
+    denoiser: nn.Module, layout: Layout, args: tuple, kwargs: dict[str, Any], attention: bool = True
+) -> MacCount:
     """Counts the call `denoiser(*args, **kwargs)` on the meta device: matrix products, convolutions, attention.
 
     A multiplication with its addition is one MAC (half of what torch's FlopCounterMode reports).
@@ -57,20 +59,30 @@ def count_macs(denoiser: nn.Module, layout: Layout, args: tuple, kwargs: dict[st
     Args:
         args, kwargs: Of a real call that denoises one image; tensors' values are not read. The
             batch, the first dimension of the first argument, is the rows per image.
+        attention: False leaves out attention's own products (queries with keys, weights with
+            values), as DeepCache's and DiP-GO's figures for Stable Diffusion do; their figures for
+            DiT have them.
     """
     with torch.device("meta"):
         twin = type(denoiser).from_config(denoiser.config)  # type: ignore[attr-defined]
     twin = twin.to("meta").eval()
     args, kwargs = tree_map(_shadow, (args, kwargs))
-    rows = (args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))).shape[0]
-    counter = FlopCounterMode(display=False, depth=None)
+    rows = (args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]).shape[0]
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         twin(*args, **kwargs)
     root = type(twin).__name__
-    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    flops = {
+        name: sum(n for op, n in ops.items() if attention or not _is_attention(op))
+        for name, ops in counter.get_flop_counts().items()
+    }
     total = flops["Global"] // 2 // rows
     units = [flops.get(f"{root}.{u.name}" if u.name else root, 0) // 2 // rows for u in layout.units]
     return MacCount(units=units, rest=total - sum(units), rows_per_image=rows)
+
+
+def _is_attention(op: Any) -> bool:
+    return op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm) or "scaled_dot_product" in str(op)
 
 
 def _shadow(value: Any) -> Any:

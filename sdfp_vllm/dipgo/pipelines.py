@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,13 @@ def load_pipeline(folder: str | Path, dtype: str = "float32") -> Any:
             "Give the folder of a diffusers pipeline (pipe.save_pretrained).",
         )
     try:
-        # accelerate, which the default would want, is not needed.
-        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        index = json.loads((folder / "model_index.json").read_text())
+        # A pipeline saved without a component is loaded without it; diffusers wants to be told.
+        absent = {name: None for name, entry in index.items() if entry == [None, None]}
+        # accelerate, which the default of low_cpu_mem_usage would want, is not needed.
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, **absent
+        )
         return pipe if dtype == "float32" else pipe.to(_DTYPES[dtype])
     except Exception as e:
         raise SdfpError(

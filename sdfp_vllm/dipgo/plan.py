@@ -117,7 +117,9 @@ class DipgoPlan(_Strict):
         Raises:
             PlanError: If it cannot be written.
         """
-        return write_plan(self, plan_path(path))
+        path = plan_path(path)
+        write_plan(self, path)
+        return path
 
 
 def rows(gates: Gates) -> list[str]:

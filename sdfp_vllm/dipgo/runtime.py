@@ -35,7 +35,7 @@ class UnitHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step = self._clock.step
         if self._runs[step]:
-            output = self.fn_ref.original_forward(*args, **kwargs)
+            output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
             self.history.store(step, output - input_of(args, kwargs) if self._residual else output)
             return output
         reused = self.history.recall(step)

@@ -100,7 +100,9 @@ def load_conditions(pipe: Any, folder: Path, prompts: Path | None = None) -> Con
 
 
 class Sampler:
-    """Makes the latents of given seeds with given settings. Image i of a call depends on seed i alone.
+    """Makes the latents of given seeds with given settings.
+
+    Image i of a call depends on seed i alone, but for noise that a scheduler draws without a generator.
 
     Args:
         arguments: Further arguments of every call of the pipeline.

@@ -119,7 +119,7 @@ class _Blend(ModelHook):
         self._residual = residual
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
         entering = input_of(args, kwargs) if self._residual else None
         leaves, spec = tree_flatten(output if entering is None else output - entering)
         if self.gate is None:

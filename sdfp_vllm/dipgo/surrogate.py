@@ -179,7 +179,7 @@ class _Tap(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step = self._trace.clock.step
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
         entering = input_of(args, kwargs) if self._residual else None
         leaves, spec = tree_flatten(output if entering is None else output - entering)
         computed = [leaf.detach() for leaf in leaves]

@@ -9,6 +9,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tiny_pipelines import tiny_sampler
 
 from sdfp_vllm.dipgo.budget import TOLERANCE, gates_at_budget
 from sdfp_vllm.dipgo.layout import Layout, Unit, layout_of
@@ -50,16 +51,16 @@ def sd15():
     layout = layout_of(unet, "block")
     call = (torch.empty(1, 4, 64, 64, device="meta"), torch.empty(1, device="meta"))
     text = {"encoder_hidden_states": torch.empty(1, 77, 768, device="meta")}
-    return layout, count_macs(unet, layout, call, text)
+    return layout, *(count_macs(unet, layout, call, text, attention) for attention in (False, True))
 
 
 def test_stable_diffusion_has_the_papers_nine_blocks(sd15):
-    layout, _ = sd15
+    layout, *_ = sd15
     assert layout == UNET
 
 
 def test_macs_of_stable_diffusion_are_the_papers(sd15):
-    layout, macs = sd15
+    layout, macs, with_attention = sd15
     full = np.ones((50, 9), dtype=bool)
     assert macs.per_image(full) == pytest.approx(16.94e12, rel=0.02)
     # The released 0.80 plan runs ten whole calls and reuses everything in the others.
@@ -67,6 +68,10 @@ def test_macs_of_stable_diffusion_are_the_papers(sd15):
     pruned[np.arange(50) % 5 != 0] = False
     assert macs.per_image(layout.closure(pruned, "output")) == pytest.approx(3.38e12, rel=0.02)
     assert macs.rest < 0.01 * sum(macs.units)
+    # 64 x 64 queries by as many keys, 8 heads of 40: one self-attention of the outermost level, of five.
+    products = 2 * 64**4 * 320
+    assert with_attention.units[0] - macs.units[0] > 2 * products
+    assert with_attention.units[8] - macs.units[8] > 3 * products
 
 
 def test_macs_of_dit_xl_are_the_papers():
@@ -79,11 +84,18 @@ def test_macs_of_dit_xl_are_the_papers():
     }
     macs = count_macs(dit, layout, (torch.empty(1, 4, 32, 32, device="meta"),), arguments)
     assert macs.per_image(np.ones((250, 28), dtype=bool)) == pytest.approx(29.66e12, rel=0.02)
-    whole = count_macs(dit, layout_of(dit, "step"), (torch.empty(2, 4, 32, 32, device="meta"),), {
-        k: v.expand(2) for k, v in arguments.items()
-    })  # fmt: skip
-    assert whole.rest == 0 and whole.rows_per_image == 2
-    assert whole.units == [macs.rest + sum(macs.units)]  # per row, whatever the batch
+
+
+def test_the_whole_network_as_a_unit_costs_what_its_parts_cost():
+    sampler = tiny_sampler("dit", guidance=3.0)
+    call = sampler.first_call()
+    blocks = count_macs(sampler.denoiser, layout_of(sampler.denoiser, "block"), *call)
+    whole = count_macs(sampler.denoiser, layout_of(sampler.denoiser, "step"), *call)
+    assert whole.rest == 0 and whole.units == [blocks.rest + sum(blocks.units)]
+    assert whole.rows_per_image == 2  # guidance
+    alone = tiny_sampler("dit", guidance=1.0)
+    single = count_macs(alone.denoiser, layout_of(alone.denoiser, "step"), *alone.first_call())
+    assert single.rows_per_image == 1 and single.units == whole.units
 
 
 def test_the_cascade_counts_what_becomes_useless():

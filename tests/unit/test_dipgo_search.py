@@ -217,7 +217,7 @@ def test_the_prediction_holds_near_the_recorded_generation(kind, reuse):
 
 def test_greedy_refinement_and_choice_keep_to_the_budget_and_improve():
     sampler = tiny_sampler("dit", steps=6)
-    task = task_of(sampler, "block", "residual", 0, 0.6)
+    task = task_of(sampler, "block", "residual", 0, 0.7)
     full = sampler.latents(SEEDS)
     surrogate = record(sampler, task.layout, task.reuse, 0, SEEDS, 4)
     gates = greedy(task, surrogate)
@@ -227,10 +227,10 @@ def test_greedy_refinement_and_choice_keep_to_the_budget_and_improve():
     assert losses == sorted(losses, reverse=True) and all(task.fits(g) for g in way)
     bad = np.ones_like(gates)
     bad[1:3] = False  # the noisiest calls, where reuse hurts most
-    assert surrogate.loss(bad) > surrogate.loss(gates)
+    assert task.fits(bad) and surrogate.loss(bad) > surrogate.loss(gates)
     better = refine(task, bad, SEEDS, full, rounds=2, projections=4)
     assert log_error(task.run(better, SEEDS), full) < log_error(task.run(bad, SEEDS), full)
-    assert not task.fits(bad) or task.fits(better)
+    assert task.fits(better)
 
 
 @pytest.mark.parametrize("method", ["fisher", "learned"])

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 
-class IdentityVae(ModelMixin, ConfigMixin):
+class IdentityVae(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffusers' own models
     """Latents are pixels: `decode` returns its input, (batch, channels, height, width), values in [-1, 1]."""
 
     @register_to_config
