@@ -32,12 +32,14 @@ class Judge:
         |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) with mean m and covariance C (arXiv 1706.08500).
         Not comparable with FIDs on Inception features.
         """
-        from scipy.linalg import sqrtm
-
         mean, covariance = self._moments(_pixels(images))
         real_mean, real_covariance = self._real
-        root = np.real(sqrtm(covariance @ real_covariance))
-        return float(((mean - real_mean) ** 2).sum() + np.trace(covariance + real_covariance - 2 * root))
+        # tr (C C')^(1/2) is that of (A C' A)^(1/2) with A = C^(1/2): symmetric, so few images do no harm.
+        values, vectors = np.linalg.eigh(covariance)
+        half = vectors * np.sqrt(values.clip(0)) @ vectors.T
+        root = np.sqrt(np.linalg.eigvalsh(half @ real_covariance @ half).clip(0)).sum()
+        distance = ((mean - real_mean) ** 2).sum() + np.trace(covariance + real_covariance) - 2 * root
+        return float(distance)
 
     def _moments(self, pixels: NDArray) -> tuple[NDArray, NDArray]:
         hidden = pixels
