@@ -21,7 +21,7 @@ demo-dipgo: $(READY)
 
 # Two workers, a file of tests each: engines are single-threaded in tests. Triton kernels and vLLM's
 # V2 runner have a run of their own, under Triton's interpreter.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 INTERPRETED := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/v2/interpreter
 
 test: $(READY)
