@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,25 @@ def load_pipeline(folder: str | Path, dtype: str = "float32") -> Any:
         # A pipeline saved without a component is loaded without it; diffusers wants to be told.
         absent = {name: None for name, entry in index.items() if entry == [None, None]}
         # accelerate, which the default of low_cpu_mem_usage would want, is not needed.
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False, **absent
-        )
+        with _quietly():
+            pipe = DiffusionPipeline.from_pretrained(
+                folder, local_files_only=True, low_cpu_mem_usage=False, **absent
+            )
         return pipe if dtype == "float32" else pipe.to(_DTYPES[dtype])
     except Exception as e:
         raise SdfpError(
             str(folder), f"cannot be loaded ({e})", "Save the pipeline again with diffusers."
         ) from e
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without diffusers' remarks on components whose class it does not know."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
