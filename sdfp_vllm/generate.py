@@ -37,17 +37,13 @@ def generate_command(
     """Generate text with SDFP; print it, the acceptance, and tokens/s with and without drafting."""
     from rich.console import Console
 
-    from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
+    from sdfp_vllm.fingerprint import resolve_model_dir
     from sdfp_vllm.measure import EngineSpec, run_engine
-    from sdfp_vllm.plan import PLAN_FILE, default_plan_dir, load_plan
+    from sdfp_vllm.plan import find_plan
 
     text = _prompt_text(prompt, prompt_file)
+    _, plan_dir = find_plan(model, plan)  # a bad plan is refused before an engine starts
     folder = resolve_model_dir(model)
-    fp = fingerprint(folder)
-    plan_dir = plan or default_plan_dir(fp)
-    if plan is None and not (plan_dir / PLAN_FILE).is_file():
-        raise SdfpError(f"model {model}", "has no plan yet", f"Make it with `sdfp plan {model}`.")
-    load_plan(plan_dir, expected=fp)  # a bad plan is refused before an engine starts
 
     speculative: dict[str, Any] = {"method": "sdfp", "model": str(plan_dir)}
     if draft_tokens:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sdfp_vllm.errors import PlanError
-from sdfp_vllm.fingerprint import Fingerprint
+from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
 
 SCHEMA_VERSION = 1
@@ -265,3 +265,22 @@ def plans_root() -> Path:
 def default_plan_dir(fp: Fingerprint) -> Path:
     """Where `sdfp plan MODEL` writes and `--speculative-model sdfp` looks, by model fingerprint."""
     return plans_root() / f"{fp.architecture}-{fp.sha256[:16]}"
+
+
+def find_plan(
+    model: str, plan: str | Path | None = None, revision: str | None = None
+) -> tuple[SkipPlan, Path]:
+    """Loads the plan at `plan`, or the default one of the model's fingerprint; returns it and where it lies.
+
+    Raises:
+        SdfpError: If there is no such model, or no plan (PlanError), or it is damaged or made for another model.
+    """
+    target = fingerprint(resolve_model_dir(model, revision))
+    folder = default_plan_dir(target) if plan is None else Path(plan)
+    if plan is None and not (folder / PLAN_FILE).is_file():
+        raise PlanError(
+            f"model {model!r}",
+            f"has no plan yet (looked for {folder})",
+            f"Make one with `sdfp plan {model}`, or name a plan folder.",
+        )
+    return load_plan(folder, expected=target), folder

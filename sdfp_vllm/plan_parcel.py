@@ -6,8 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
-from sdfp_vllm.plan import BRIDGE_FILE, PLAN_FILE, default_plan_dir, load_plan
+from sdfp_vllm.plan import BRIDGE_FILE, PLAN_FILE, find_plan
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,8 @@ class PlanParcel:
         Raises:
             PlanError: If there is none, or it is damaged or of another model.
         """
-        target = fingerprint(resolve_model_dir(model))
-        folder = Path(plan) if plan else default_plan_dir(target)
+        _, folder = find_plan(model, plan or None)
         folder = folder.parent if folder.name == PLAN_FILE else folder
-        load_plan(folder, expected=target)
         present = [name for name in (PLAN_FILE, BRIDGE_FILE) if (folder / name).is_file()]
         return cls({name: (folder / name).read_bytes() for name in present})
 

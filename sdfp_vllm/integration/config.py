@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from sdfp_vllm.errors import PlanError, SdfpError
-from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
+from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.refusals import refuse_synthetic_on_cpu, refuse_unsupported
 from sdfp_vllm.integration.upstream import SpeculativeConfig, config, init_logger
-from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, default_plan_dir, load_plan
+from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, find_plan
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -100,7 +99,11 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     refuse_unsupported(args, model_config, parallel_config)
     refuse_synthetic_on_cpu(settings)
     check_batch_table(settings.get("num_speculative_tokens_per_batch_size"))
-    plan, path = find_plan(model_config.model, model_config.revision, settings.get("model"))
+    asked = settings.get("model")
+    if asked is not None and not isinstance(asked, str):
+        raise SdfpError("speculative_config['model']", f"is {asked!r}", 'Give a plan folder, or "sdfp".')
+    plan, folder = find_plan(model_config.model, asked, model_config.revision)
+    path = str(folder)
     k = draft_tokens(plan, settings.get("num_speculative_tokens"))
     if not plan.worthwhile:
         logger.warning(
@@ -163,27 +166,6 @@ def check_batch_table(table: Any) -> None:
             str(e).rstrip("."),
             "Give [[first batch size, last batch size, draft tokens], ...], starting at 1.",
         ) from e
-
-
-def find_plan(model: str, revision: str | None, plan: str | None) -> tuple[SkipPlan, str]:
-    """Loads the plan at `plan`, or the default one of the model's fingerprint.
-
-    Raises:
-        PlanError: If there is none, or it is damaged or made for another model.
-    """
-    target = fingerprint(resolve_model_dir(model, revision))
-    if plan is not None:
-        if not isinstance(plan, str):
-            raise SdfpError("speculative_config['model']", f"is {plan!r}", 'Give a plan folder, or "sdfp".')
-        return load_plan(plan, expected=target), plan
-    folder = default_plan_dir(target)
-    if not folder.exists():
-        raise PlanError(
-            f"model {model!r}",
-            f"has no plan yet (looked for {folder})",
-            f"Make one with `sdfp plan {model}`, or name a plan folder as the speculative model.",
-        )
-    return load_plan(folder, expected=target), str(folder)
 
 
 def draft_tokens(plan: SkipPlan, asked: Any) -> int:
