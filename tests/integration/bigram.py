@@ -7,6 +7,7 @@ distributions, which makes exact chi-square tests of sampled text cheap.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,24 +17,29 @@ from exact_sampling import distribution, penalised, z_of_draws
 VOCAB = 8
 
 
-@pytest.fixture(scope="module")
-def bigram(tmp_path_factory) -> Path:
+def tiny_llama(seed: int, num_key_value_heads: int) -> Any:
+    """An untrained Llama of four layers over `VOCAB` tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(7)
-    model = LlamaForCausalLM(
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=64,
             intermediate_size=64,
             num_hidden_layers=4,
             num_attention_heads=2,
-            num_key_value_heads=2,
+            num_key_value_heads=num_key_value_heads,
             head_dim=32,
             max_position_embeddings=128,
             tie_word_embeddings=False,
         )
     )
+
+
+@pytest.fixture(scope="module")
+def bigram(tmp_path_factory) -> Path:
+    model = tiny_llama(seed=7, num_key_value_heads=2)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()

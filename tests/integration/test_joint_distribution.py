@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bigram import VOCAB, tiny_llama
 from engines import engine, spec_counters, write_plan
 from exact_sampling import THRESHOLD, distribution, penalised, total_variation, z_between, z_of_counts
 
 pytestmark = pytest.mark.engine
 
-VOCAB = 8
 PROMPT = [1, 5, 2, 2, 7, 0]
 ANSWERS, REQUESTS = 4096, 5
 CASES = {
@@ -36,22 +36,7 @@ SETTINGS = dict(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-        )
-    )
+    model = tiny_llama(seed=0, num_key_value_heads=1)
     with torch.no_grad():
         for p in model.model.layers.parameters():
             if p.ndim > 1:
