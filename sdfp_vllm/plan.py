@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sdfp_vllm.errors import PlanError
 from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
+from sdfp_vllm.pacing.record import Pacing
 from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
 BRIDGE_FILE = "bridges.safetensors"
 MAX_DRAFT_TOKENS = 32
@@ -152,12 +153,11 @@ class SkipPlan(_Strict):
     where no candidate beat plain decoding on the machine that made the plan.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     fingerprint: Fingerprint
     kept_layers: list[Layer] = Field(min_length=1)
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS, strict=True)]
-    stop_threshold: Probability = 0.0
     draft_tokens_by_batch: list[tuple[Annotated[int, Field(ge=1, strict=True)], DraftTokens]] = []
     bridges: Literal["none"] | Bridges = "none"
     worthwhile: bool
@@ -165,6 +165,7 @@ class SkipPlan(_Strict):
     scores: list[LayerScore]
     curve: list[Candidate]
     cost: CostModel | None = None
+    pacing: Pacing | None = None
     made: Provenance
 
     @field_validator("draft_tokens_by_batch")
@@ -264,7 +265,8 @@ def plans_root() -> Path:
 
 def default_plan_dir(fp: Fingerprint) -> Path:
     """Where `sdfp plan MODEL` writes and `--speculative-model sdfp` looks, by model fingerprint."""
-    return plans_root() / f"{fp.architecture}-{fp.sha256[:16]}"
+    # By schema: another release's plan is one that is not there, not one that is damaged.
+    return plans_root() / f"v{SCHEMA_VERSION}" / f"{fp.architecture}-{fp.sha256[:16]}"
 
 
 def find_plan(

@@ -72,12 +72,15 @@ class MeasuredCost:
         """One step of plain decoding."""
         return self.forward_ms(self.num_layers, batch) + self.round_overhead_ms
 
+    def draft_ms(self, layers: int, batch: int = 1) -> float:
+        """One draft step through `layers` layers and the head."""
+        bridges = min(layers + 1, self.num_layers - layers) * self.bridge_ms
+        return self.forward_ms(layers, batch) + self.draft_overhead_ms + bridges
+
     def round_ms(self, layers: int, draft_tokens: int, batch: int = 1) -> float:
         """One round: `draft_tokens` draft steps through `layers` layers, then verification."""
-        bridges = min(layers + 1, self.num_layers - layers) * self.bridge_ms
-        draft = self.forward_ms(layers, batch) + self.draft_overhead_ms + bridges
         verify = self.forward_ms(self.num_layers, batch * (draft_tokens + 1))
-        return draft_tokens * draft + verify + self.round_overhead_ms
+        return draft_tokens * self.draft_ms(layers, batch) + verify + self.round_overhead_ms
 
     def speedup(self, layers: int, draft_tokens: int, mean_accepted_length: float, batch: int = 1) -> float:
         """Tokens per second over plain decoding's, a round yielding `mean_accepted_length` tokens a request."""

@@ -27,10 +27,12 @@ from sdfp_vllm.fit.calibration import Calibration, load_calibration
 from sdfp_vllm.fit.cost import measure_cost
 from sdfp_vllm.fit.fisher import fisher_scores, layer_scores
 from sdfp_vllm.fit.fisher_sums import FisherSums
+from sdfp_vllm.fit.pacing import measure_pacing
 from sdfp_vllm.fit.progress import Stages, stages
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import MAX_TRIED, candidate_sizes, check_request
 from sdfp_vllm.fit.stack import DecoderStack, load_target
+from sdfp_vllm.pacing.record import Pacing
 from sdfp_vllm.plan import Bridges, LayerScore, Provenance, SkipPlan, default_plan_dir
 from sdfp_vllm.ray_cluster import RayOptions
 from sdfp_vllm.source_tree import git_sha
@@ -113,7 +115,7 @@ def make_plan(
             if sums
             else _scores(stack, calibration.ids, identity, folder, options, bar)
         )
-        found = _choose(stack, prompts.ids, scores, options, bar)
+        found, pacing = _choose(stack, prompts.ids, scores, options, bar)
     choice, fitted = found.choice, found.fitted
     described: Literal["none"] | Bridges = "none"
     tensors = None
@@ -130,6 +132,7 @@ def make_plan(
         scores=scores,
         curve=choice.curve,
         cost=found.cost_model(),
+        pacing=pacing,
         bridges=described,
         made=_provenance(calibration, options),
     )
@@ -175,7 +178,7 @@ def _sums_on_ray(
 
 def _choose(
     stack: DecoderStack, prompts: Tensor, scores: list[LayerScore], options: PlanOptions, bar: Stages
-) -> BridgedChoice:
+) -> tuple[BridgedChoice, Pacing]:
     with bar.step("Target's own text", options.new_tokens) as advance:
         text = greedy_continuations(stack, prompts, options.new_tokens, advance)
     with bar.step("Costs on this machine", 1):
@@ -185,7 +188,7 @@ def _choose(
     tried, rest = text.split(options.text_sequences)
     with bar.step("Trying drafts", len(tried.ids) + sizes) as advance:
         rollout = DraftRollout(stack, tried, advance)
-        return search_bridged(
+        found = search_bridged(
             options.bridge,
             rollout,
             rest,
@@ -196,6 +199,10 @@ def _choose(
             draft_tokens=options.draft_tokens,
             advance=lambda news: advance(1, f"Trying drafts ({news})"),
         )
+    steps = options.draft_tokens or MAX_TRIED
+    with bar.step("Confidence of the drafts", 1):
+        pacing = measure_pacing(rollout, found.choice.kept_layers, found.cost, steps, found.fitted.bridges)
+    return found, pacing
 
 
 def _check(options: PlanOptions) -> None:

@@ -112,12 +112,15 @@ class DraftRollout:
         steps: int,
         proceed: Callable[[AcceptedRuns], bool] = lambda runs: True,
         bridges: Mapping[Run, Bridge] | None = None,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> AcceptedRuns:
         """Drafts up to `steps` tokens from every start position with the layers in `keep`.
 
         Args:
             bridges: Over runs of skipped layers, as the engine has them.
             proceed: Asked after each step but the last with the result so far; False stops early.
+            watch: Called after each step with each row's confidence (its largest probability), float [R], and
+                whether its draft was right, bool [R].
 
         Raises:
             SdfpError: If `keep` is not an ascending list of layers.
@@ -131,8 +134,11 @@ class DraftRollout:
                 rows = rows.select(rows.start + j < text.ends[rows.sequence])
                 if len(rows.start):
                     position = rows.start + j
-                    draft = self._argmax(self._hidden(text.ids[rows.sequence, position], position, rows))
-                    rows = rows.select(draft == self.target[rows.sequence, position])
+                    hidden = self._hidden(text.ids[rows.sequence, position], position, rows)
+                    right = self._argmax(hidden) == self.target[rows.sequence, position]
+                    if watch:
+                        watch(self._confidence(hidden), right)
+                    rows = rows.select(right)
                     lengths[rows.sequence.cpu(), (rows.start - text.first).cpu()] += 1
                 runs = AcceptedRuns(lengths, runs.ends, j + 1)
                 if j + 1 < steps and not proceed(runs):
@@ -154,3 +160,7 @@ class DraftRollout:
 
     def _argmax(self, hidden: Tensor) -> Tensor:
         return torch.cat([self.stack.head(rows).argmax(-1) for rows in hidden.split(_HEAD_ROWS)])
+
+    def _confidence(self, hidden: Tensor) -> Tensor:
+        logits = (self.stack.head(rows).float() for rows in hidden.split(_HEAD_ROWS))
+        return torch.cat([(rows.amax(-1) - rows.logsumexp(-1)).exp() for rows in logits])

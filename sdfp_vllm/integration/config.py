@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.refusals import refuse_synthetic_on_cpu, refuse_unsupported
-from sdfp_vllm.integration.upstream import SpeculativeConfig, config, init_logger
+from sdfp_vllm.integration.upstream import SpeculativeConfig, config, current_platform, init_logger
 from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, find_plan
 
 logger = init_logger(f"vllm.{__name__}")
@@ -32,7 +32,17 @@ SETTINGS = {
     "num_speculative_tokens_per_batch_size",
     "enable_adaptive_verification",
     "enforce_eager",
+    "adaptive",
+    "ngram",
 }
+
+
+# Settings that fix how many tokens are drafted.
+FIXED_LENGTHS = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
+
+
+# Longest drafts where lengths follow the traffic: as many as a round of copies may use.
+LONGEST_PACED = 16
 
 
 @config
@@ -44,6 +54,10 @@ class SdfpConfig(SpeculativeConfig):
     """Decoder layers of the target that draft, ascending."""
     bridges_sha256: str = ""
     """Hash of the bridge tensors beside the plan, which every worker reads there; empty for none."""
+    pacing: dict[str, Any] | None = None
+    """The plan's `Pacing`, where draft lengths follow the traffic; None where they are fixed."""
+    ngram: bool = False
+    """Whether drafts may be copied from the context."""
 
     def __post_init__(self) -> None:
         # Upstream's own resolves a second model's config; here the draft is the target.
@@ -105,6 +119,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     plan, folder = find_plan(model_config.model, asked, model_config.revision)
     path = str(folder)
     k = draft_tokens(plan, settings.get("num_speculative_tokens"))
+    adaptive, ngram = drafting_mode(plan, settings)
     if not plan.worthwhile:
         logger.warning(
             "The plan %s predicts no gain over plain decoding (%.2fx). Serving goes on with it as asked.",
@@ -113,14 +128,19 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
         )
     # A model that drafts with itself has a full distribution to sample from, and sampling from it
     # is accepted more often than its argmax; greedy requests are not affected.
-    passed = {"draft_sample_method": "probabilistic", **settings}
-    if not {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"} & set(settings):
-        passed["num_speculative_tokens_per_batch_size"] = batch_table(plan)
+    passed = {"draft_sample_method": "probabilistic", **settings, "ngram": ngram}
+    passed.pop("adaptive", None)
+    if not set(FIXED_LENGTHS) & set(settings):
+        passed["num_speculative_tokens_per_batch_size"] = batch_table(plan, always=adaptive)
+        if adaptive and current_platform.is_cpu():
+            # Slots that only a paced round may use; on a GPU each would cost a row of logits per request.
+            k = max(k, LONGEST_PACED)
     passed.update(method="sdfp", model=path, num_speculative_tokens=k)
     try:
         return SdfpConfig(
             kept_layers=list(plan.kept_layers),
             bridges_sha256="" if plan.bridges == "none" else plan.bridges.sha256,
+            pacing=plan.pacing.model_dump(mode="json") if adaptive and plan.pacing else None,
             target_model_config=model_config,
             target_parallel_config=parallel_config,
             **passed,
@@ -135,14 +155,49 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
         ) from e
 
 
-def batch_table(plan: SkipPlan) -> list[tuple[int, int, int]] | None:
-    """The plan's draft lengths by batch size in vLLM's form; None where one length serves all.
+def drafting_mode(plan: SkipPlan, settings: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether draft lengths follow the traffic, and whether drafts may be copied from the context.
+
+    Both by default, where the plan knows its costs; neither where the user fixes the length.
+
+    Raises:
+        SdfpError: If what is asked for contradicts itself or the plan.
+    """
+    for name in ("adaptive", "ngram"):
+        if not isinstance(settings.get(name, False), bool):
+            raise SdfpError(f"speculative_config[{name!r}]", f"is {settings[name]!r}", "Give true or false.")
+    fixed = next((name for name in FIXED_LENGTHS if name in settings), None)
+    adaptive = settings.get("adaptive", fixed is None and plan.pacing is not None)
+    if adaptive and plan.pacing is None:
+        raise SdfpError(
+            "speculative_config['adaptive']",
+            "needs the costs of drafting, which this plan lacks",
+            f"Make the plan again with `sdfp plan {plan.model}`.",
+        )
+    if adaptive and "num_speculative_tokens_per_batch_size" in settings:
+        raise SdfpError(
+            "speculative_config['adaptive']",
+            "contradicts num_speculative_tokens_per_batch_size, which fixes the draft lengths",
+            "Give one of the two.",
+        )
+    ngram = settings.get("ngram", adaptive)
+    if ngram and not adaptive:
+        raise SdfpError(
+            "speculative_config['ngram']",
+            "needs draft lengths that follow the traffic",
+            "Give adaptive as true, with num_speculative_tokens as the longest, or leave ngram out.",
+        )
+    return adaptive, ngram
+
+
+def batch_table(plan: SkipPlan, always: bool = False) -> list[tuple[int, int, int]] | None:
+    """The plan's draft lengths by batch size in vLLM's form; None where one length serves all, unless `always`.
 
     Large batches make verification dear: there the plan drafts less, or not at all.
     """
     table = plan.draft_tokens_by_batch
     if all(k == plan.num_speculative_tokens for _, k in table):
-        return None
+        return [(1, ANY_BATCH, plan.num_speculative_tokens)] if always else None
     starts = [1, *(size + 1 for size, _ in table)]
     ends = [*(size for size, _ in table[:-1]), ANY_BATCH]
     return [(start, end, k) for start, end, (_, k) in zip(starts, ends, table, strict=False)]

@@ -10,7 +10,9 @@ positions already hold the target's own K/V.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +33,10 @@ from sdfp_vllm.integration.upstream import (
     get_layers_from_vllm_config,
     set_forward_context,
 )
+from sdfp_vllm.pacing.policy import DraftPolicy
+from sdfp_vllm.pacing.record import Pacing
 from sdfp_vllm.runtime.load import load_draft
+from sdfp_vllm.runtime.pacer import DraftStep, Pacer, Verified
 
 
 class SdfpProposer(DraftModelProposer):
@@ -44,11 +49,17 @@ class SdfpProposer(DraftModelProposer):
         self.hidden_states = self.inputs_embeds = None  # type: ignore[assignment]
         self.is_rejected_token_mask = self.is_masked_token_mask = None
         self._slots: dict[int, torch.Tensor] = {}
+        self.pacer: Pacer | None = None
 
     # ------------------------------------------------------------ set-up
     def load_model(self, target_model: nn.Module) -> None:
         """Builds the draft over `target_model`'s modules (see `load_draft`)."""
         self.model, self._draft_attn_layer_names = load_draft(self.vllm_config, target_model)
+        config: Any = self.vllm_config.speculative_config
+        # Drafts that differ in number between requests need the host between steps.
+        if config.pacing is not None and not self.vllm_config.scheduler_config.async_scheduling:
+            policy = DraftPolicy(Pacing.model_validate(config.pacing), config.num_speculative_tokens)
+            self.pacer = Pacer(policy, self.runner, copies=config.ngram)
 
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
@@ -104,7 +115,7 @@ class SdfpProposer(DraftModelProposer):
         self._forward(None, slots or slot_mappings or {}, padded, mode, across_dp)
 
     # ------------------------------------------------------------ drafting
-    def propose(
+    def propose(  # type: ignore[override]  # the runner takes lists as well
         self,
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,
@@ -117,11 +128,11 @@ class SdfpProposer(DraftModelProposer):
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> torch.Tensor:
-        """Drafts `num_speculative_tokens` (k >= 0) tokens per request.
+    ) -> torch.Tensor | list[list[int]]:
+        """Drafts `num_speculative_tokens` (k >= 0) tokens per request, or as many as the pacer decides.
 
         Args:
-            target_positions: int64 [num_tokens], positions the target just computed.
+            target_token_ids, target_positions: int [num_tokens], what the target just computed.
             next_token_ids: int32 [batch], the token sampled after the last accepted one.
             token_indices_to_sample: int32 [batch], index of the last accepted token among
                 `target_positions`; None when nothing was drafted in this step.
@@ -129,45 +140,83 @@ class SdfpProposer(DraftModelProposer):
                 in `common_attn_metadata.seq_lens`.
 
         Returns:
-            int64 [batch, k] draft token ids; their probabilities, where sampled, are kept for
-            `take_last_draft_probs`.
+            int64 [batch, k] draft token ids, or one list per request where they are paced; their
+            probabilities, where sampled, are kept for `take_last_draft_probs`.
         """
         self._last_draft_probs = None
         batch = common_attn_metadata.batch_size()
-        k = num_speculative_tokens
-        if k == 0:
-            return next_token_ids.new_empty((batch, 0), dtype=torch.int64)
         last = token_indices_to_sample
         if last is None:
             last = common_attn_metadata.query_start_loc[1:] - 1
-        positions = target_positions[last]
-        groups = self._decode_metadata(common_attn_metadata, batch, num_rejected_tokens_gpu)
+        paced = self.pacer is not None and self.pacer.paces(sampling_metadata)
+        steps = self._draft_steps(
+            common_attn_metadata,
+            target_positions[last],
+            next_token_ids,
+            num_rejected_tokens_gpu,
+            sampling_metadata,
+            with_confidence=paced,
+        )
+        if paced:
+            verified = Verified.read(
+                target_token_ids, target_positions, common_attn_metadata.query_start_loc, last, next_token_ids
+            )
+            drafts, self._last_draft_probs = self.pacer.propose(verified, steps, sampling_metadata)  # type: ignore[union-attr]
+            return drafts
+        taken = list(itertools.islice(steps, num_speculative_tokens))
+        if not taken:
+            return next_token_ids.new_empty((batch, 0), dtype=torch.int64)
+        if taken[0].probs is not None:
+            self._last_draft_probs = torch.stack([step.probs for step in taken], dim=1).contiguous()  # type: ignore[misc]
+        return torch.stack([step.tokens for step in taken], dim=1)
+
+    def _draft_steps(
+        self,
+        cad: CommonAttentionMetadata,
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+        num_rejected: torch.Tensor | None,
+        sampling: SamplingMetadata,
+        with_confidence: bool,
+    ) -> Iterator[DraftStep]:
+        """Draft steps of the whole batch, each run when it is asked for.
+
+        Args:
+            positions: int64 [batch], of the last accepted tokens.
+            tokens: int32 [batch], those sampled after them.
+        """
+        batch = len(tokens)
+        groups = self._decode_metadata(cad, batch, num_rejected)
         mode, padded, across_dp = self._determine_batch_execution_and_padding(batch)
         slots = self._slots_by_layer(padded)
-
-        drafted: list[torch.Tensor] = []
-        probs: list[torch.Tensor] = []
-        tokens = next_token_ids
-        for step in range(k):
+        for index in itertools.count(1):
             positions = self._advance(groups, positions, batch, padded)
             metadata = {
                 name: built
-                for gid, cad in groups.items()
+                for gid, of_group in groups.items()
                 for group in self._by_gid[gid]
                 for built in [
-                    group.build_metadata_for_drafting(common_attn_metadata=cad, draft_index=step + 1)
+                    group.build_metadata_for_drafting(common_attn_metadata=of_group, draft_index=index)
                 ]
                 for name in group.layer_names
             }
             self.input_ids[:batch] = tokens
-            hidden = self._forward(metadata, slots, padded, mode, across_dp)
-            tokens, q = self._sample_draft_tokens(hidden[:batch], sampling_metadata)
-            drafted.append(tokens)
-            if q is not None:
-                probs.append(q)
-        if probs:
-            self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
-        return torch.stack(drafted, dim=1)
+            hidden = self._forward(metadata, slots, padded, mode, across_dp)[:batch]
+            if with_confidence:
+                step = self._sample_with_confidence(hidden, sampling)
+            else:
+                step = DraftStep(*self._sample_draft_tokens(hidden, sampling), None)
+            yield step
+            tokens = step.tokens
+
+    def _sample_with_confidence(self, hidden: torch.Tensor, sampling: SamplingMetadata) -> DraftStep:
+        if self._enable_probabilistic_draft_probs and not sampling.all_greedy:
+            tokens, probs = self._sample_draft_tokens(hidden, sampling)
+            return DraftStep(tokens, probs, probs.amax(-1))  # type: ignore[union-attr]
+        draft: Any = self.model
+        logits = draft.compute_logits(hidden).float()
+        top, tokens = logits.max(-1)
+        return DraftStep(tokens, None, (top - logits.logsumexp(-1)).exp())
 
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata

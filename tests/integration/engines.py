@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfp_vllm.fingerprint import fingerprint
+from sdfp_vllm.pacing.record import Pacing
 from sdfp_vllm.plan import Candidate, Prediction, Provenance, SkipPlan
 
 BASE: dict[str, Any] = dict(
@@ -47,6 +48,19 @@ def write_plan(model: Path, folder: Path, kept: Sequence[int], k: int, **changes
     )
     plan.model_copy(update=changes).save(folder)
     return str(folder)
+
+
+def pacing_by_hand(row_ms: float = 0.5, **changes: Any) -> Pacing:
+    """Costs that make drafting pay: a step a tenth of the target's, a row of verification `row_ms` of its 10 ms."""
+    fields = dict(
+        rows=[1, 64],
+        target_ms=[10.0, 10.0 + 63 * row_ms],
+        draft_ms=[1.0, 1.5],
+        round_overhead_ms=0.5,
+        acceptance=[0.7] * 8,
+        confidence=[0.2] * 5 + [0.7] * 10,
+    )
+    return Pacing.model_validate(fields | changes)
 
 
 @contextlib.contextmanager

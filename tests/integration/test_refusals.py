@@ -306,7 +306,7 @@ def test_plan_for_another_revision(model, target, tmp_path, monkeypatch):
     [
         (lambda text: text[: len(text) // 2], "is not JSON"),
         (lambda text: "[]", "is not a JSON object"),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "schema_version"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 3'), "schema_version"),
         (lambda text: re.sub(r'"kept_layers": \[\s*0', '"kept_layers": [-4', text), "kept_layers"),
         (lambda text: text.replace('"speedup": 1.1', '"speedup": NaN'), "prediction.speedup"),
         (lambda text: text.replace('"worthwhile"', '"worth_while"'), "worth"),

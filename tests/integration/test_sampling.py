@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bigram import VOCAB, z_score
-from engines import engine, spec_counters, write_plan
+from engines import engine, pacing_by_hand, runner, spec_counters, write_plan
 from exact_sampling import THRESHOLD
 
 pytestmark = pytest.mark.engine
@@ -18,13 +18,22 @@ pytestmark = pytest.mark.engine
 SEQUENCES, LENGTH = 256, 100
 
 
-@pytest.fixture(scope="module", params=["probabilistic", "greedy"])
+@pytest.fixture(scope="module", params=["probabilistic", "greedy", "paced", "paced greedy"])
 def llm(request, bigram, tmp_path_factory):
-    """Drafts that are sampled ("probabilistic") and one-hot ("greedy")."""
-    plan = write_plan(bigram, tmp_path_factory.mktemp("plan"), [0, 3], k=3)
-    settings = {"method": "sdfp", "model": plan, "draft_sample_method": request.param}
+    """Drafts that are sampled ("probabilistic") and one-hot ("greedy"); "paced": as many as pays, or copied."""
+    paced, greedy = "paced" in request.param, "greedy" in request.param
+    pacing = {"pacing": pacing_by_hand(row_ms=1.2)} if paced else {}
+    plan = write_plan(bigram, tmp_path_factory.mktemp("plan"), [0, 3], k=3, **pacing)
+    settings = {
+        "method": "sdfp",
+        "model": plan,
+        "draft_sample_method": "greedy" if greedy else "probabilistic",
+    }
     with engine(bigram, settings, max_model_len=128, max_num_seqs=256, skip_tokenizer_init=True) as llm:
         yield llm
+        if paced:
+            tally = runner(llm).drafter.pacer.tally
+            assert tally.copied_drafts > 0 and tally.model_drafts > 0
 
 
 def draw(llm, seeded: bool = False, **params) -> torch.Tensor:

@@ -156,7 +156,7 @@ def test_damage_is_named(folder, changes, message):
         (b"[]", "not a JSON object"),
         (b"\xff\xfe", "cannot be read"),
         (b"[" * 100_000, "not JSON|nested"),
-        (b'{"schema_version": 1}', "fingerprint|model"),
+        (b'{"schema_version": 2}', "fingerprint|model"),
     ],
 )
 def test_not_a_plan_at_all(tmp_path, content, message):

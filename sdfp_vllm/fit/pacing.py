@@ -1,0 +1,60 @@
+"""The plan's pacing record: costs of the chosen keep set, and how far a draft's confidence can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from sdfp_vllm.bridge import Bridge
+from sdfp_vllm.bridge_file import Run
+from sdfp_vllm.fit.cost import MeasuredCost
+from sdfp_vllm.fit.rollout import DraftRollout
+from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing
+
+# Observations that a bin's prior is worth: bins that no draft fell into keep it.
+_PRIOR_WEIGHT = 2.0
+
+
+def measure_pacing(
+    rollout: DraftRollout,
+    keep: Sequence[int],
+    cost: MeasuredCost,
+    steps: int,
+    bridges: Mapping[Run, Bridge] | None = None,
+) -> Pacing:
+    """Rolls `keep` out once more over the target's text, with the confidence of every draft.
+
+    Args:
+        steps: Draft steps, and the longest draft that the engine will try.
+    """
+    edges = torch.tensor(CONFIDENCE_EDGES)
+    tried = torch.zeros(len(CONFIDENCE_EDGES) + 1)
+    accepted = torch.zeros_like(tried)
+
+    def watch(confidence: Tensor, right: Tensor) -> None:
+        bins = torch.bucketize(confidence.float().cpu(), edges, right=True)
+        tried.add_(torch.bincount(bins, minlength=len(tried)))
+        accepted.add_(torch.bincount(bins, right.cpu().float(), minlength=len(tried)))
+
+    runs = rollout.run(keep, steps, bridges=bridges, watch=watch)
+    mean = (accepted.sum() / tried.sum()).item()
+    prior = torch.tensor(confidence_prior(mean))
+    chances = (accepted + _PRIOR_WEIGHT * prior) / (tried + _PRIOR_WEIGHT)
+    return Pacing(
+        rows=cost.rows,
+        # More rows never cost less: where the clock says so it was disturbed.
+        target_ms=list(accumulate((cost.forward_ms(cost.num_layers, m) for m in cost.rows), max)),
+        draft_ms=list(accumulate((cost.draft_ms(len(keep), m) for m in cost.rows), max)),
+        round_overhead_ms=cost.round_overhead_ms,
+        acceptance=runs.rounds(steps).acceptance,
+        confidence=chances.tolist(),
+    )
+
+
+def confidence_prior(acceptance: float) -> list[float]:
+    """Chances per bin before anything is seen there: midway between the bin's own middle and the mean acceptance."""
+    edges = (0.0, *CONFIDENCE_EDGES, 1.0)
+    return [((low + high) / 2 + acceptance) / 2 for low, high in pairwise(edges)]

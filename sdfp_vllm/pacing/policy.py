@@ -1,0 +1,285 @@
+"""DraftPolicy: in every round, which requests draft, how far, and whether from the context or with the model.
+
+A round of decoding yields one token a request and the drafts accepted, and costs the draft steps and
+the verification of all rows. With `rate`, the tokens per millisecond that rounds of this batch size
+have yielded lately, one more draft pays exactly if
+
+    chance that it counts  >  rate * milliseconds it adds
+
+(the optimal-stopping rule of a renewal-reward process: stop where the marginal yield falls below the
+average one). The chance that draft j counts is the product of the chances of drafts 1..j. Before a
+step is run the next draft's chance is that of its position; once it is run, that of its confidence.
+
+Exact for sampled requests: whether a token is drafted or kept depends on what stood before it and on
+the distribution it is drawn from, never on the token drawn.
+
+Costs come from the plan, not from a clock, so that every tensor-parallel worker decides alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sdfp_vllm.pacing.ngram import LONGEST, Match
+from sdfp_vllm.pacing.odds import Average, Odds
+from sdfp_vllm.pacing.record import Pacing, confidence_bin
+
+# Rounds that decide whether drafting pays at all, and the longest pause between two tries where it does not.
+VALUE_MEMORY = 32.0
+LONGEST_PAUSE = 128
+# A model's confidence says something else about greedy tokens than about sampled ones.
+GREEDY, SAMPLED = 0, 1
+
+
+@dataclass
+class Row:
+    """One request in a round.
+
+    Attributes:
+        kind: GREEDY or SAMPLED; None where nothing is to be drafted (in the middle of its prefill).
+        match: What the context offers as drafts.
+        drafts: Drafts kept so far; of a row that copies, the length of the copy.
+        copies: Whether its drafts are the match's tokens.
+        chance: That all its drafts so far are accepted.
+        bins: Confidence bins of its model drafts, for the reckoning.
+    """
+
+    kind: int | None
+    match: Match | None = None
+    drafts: int = 0
+    copies: bool = False
+    chance: float = 1.0
+    bins: list[int] = field(default_factory=list)
+    drafting: bool = False
+
+
+class Round:
+    """The decisions of one round, in turn: `goes_on`, then a draft step, then `saw`, and again."""
+
+    def __init__(self, policy: DraftPolicy, rows: list[Row], longest: int):
+        self._policy, self.rows, self._longest = policy, rows, longest
+        self.batch = len(rows)
+        self.steps = 0
+        self.rate = policy.rate(self.batch)
+        self._verified = self.batch
+        self.first_step = False
+        policy.assign(self)
+        self._verified += sum(row.drafts for row in rows)
+
+    @property
+    def longest(self) -> int:
+        """Most drafts of one request."""
+        return self._longest
+
+    @property
+    def verified(self) -> int:
+        """Rows that the next verification computes."""
+        return self._verified
+
+    def row_ms(self, extra: int = 1) -> float:
+        """What `extra` more rows add to the verification, milliseconds."""
+        costs = self._policy.costs
+        return costs.verify_ms(self._verified + extra) - costs.verify_ms(self._verified)
+
+    def goes_on(self) -> bool:
+        """Whether one more draft step pays for those still drafting."""
+        if self.steps >= self._longest:
+            return False
+        active = [row for row in self.rows if row.drafting]
+        if not active:
+            return False
+        if not self.steps:
+            return self.first_step
+        position = self._policy.position
+        gain = sum(row.chance * position[row.kind or GREEDY][self.steps] for row in active)
+        return gain > self.rate * (self._policy.costs.step_ms(self.batch) + self.row_ms(len(active)))
+
+    def saw(self, confidence: Sequence[float]) -> list[bool]:
+        """Takes a step's confidences, one per row; returns which rows keep the step's token as a draft."""
+        self.steps += 1
+        kept = []
+        for row, value in zip(self.rows, confidence, strict=True):
+            keep = False
+            if row.drafting:
+                bucket = confidence_bin(value)
+                row.chance *= self._policy.confidence[row.kind or GREEDY][bucket]
+                keep = row.chance > self.rate * self.row_ms()
+                if keep:
+                    row.drafts += 1
+                    row.bins.append(bucket)
+                    self._verified += 1
+                row.drafting = keep
+            kept.append(keep)
+        return kept
+
+    @property
+    def ms(self) -> float:
+        """What the round costs: its draft steps and its verification."""
+        costs = self._policy.costs
+        return (
+            self.steps * costs.step_ms(self.batch) + costs.verify_ms(self._verified) + costs.round_overhead_ms
+        )
+
+
+class DraftPolicy:
+    """What is learned from round to round, and the rules that use it.
+
+    Args:
+        costs: The plan's; what the policy begins with.
+        longest: Most drafts of one request in a round.
+    """
+
+    def __init__(self, costs: Pacing, longest: int):
+        self.costs, self.longest = costs, longest
+        self.position = [Odds(costs.acceptance) for _ in (GREEDY, SAMPLED)]
+        self.confidence = [Odds(costs.confidence) for _ in (GREEDY, SAMPLED)]
+        # Copies: by how many tokens already agree, the match and the copies before. n / (n + 1) is the rule of
+        # succession after n successes in a row, with no failure seen; it fades within a few dozen rounds.
+        self.copying = Odds([n / (n + 1) for n in range(1, LONGEST + 1)], weight=4.0)
+        self._rates: dict[int, Average] = {}
+        self._values: dict[int, Average] = {}
+        self._pauses: dict[int, tuple[int, int]] = {}  # rounds until the next try, rounds of this pause
+
+    # ------------------------------------------------------------ what is known
+    def rate(self, batch: int) -> float:
+        """Tokens per millisecond of late without copies, in rounds of about this batch size; at least plain decoding's.
+
+        What a millisecond is worth in tokens: it is what an accepted draft saves."""
+        return max(self._rate(batch).value * batch, self.costs.plain_rate(batch))
+
+    def _rate(self, batch: int) -> Average:
+        """Tokens per request and millisecond."""
+        size = batch.bit_length()
+        if size not in self._rates:
+            rate, ms = self._best_fixed(batch)
+            self._rates[size] = Average(rate / batch, ms * VALUE_MEMORY / 4, VALUE_MEMORY)
+        return self._rates[size]
+
+    def _value(self, batch: int) -> Average:
+        """Tokens that a round with the model's drafts yielded beyond what plain decoding yields in its time."""
+        size = batch.bit_length()
+        if size not in self._values:
+            rate, ms = self._best_fixed(batch)
+            gain = (rate - self.costs.plain_rate(batch)) * ms
+            self._values[size] = Average(gain, VALUE_MEMORY / 4, VALUE_MEMORY)
+        return self._values[size]
+
+    def _best_fixed(self, batch: int) -> tuple[float, float]:
+        """(rate, milliseconds) of the best round in which every request drafts alike, at least one token."""
+        best = (0.0, 1.0)
+        chance, tokens = 1.0, 1.0
+        for k in range(1, self.longest + 1):
+            chance *= self.position[GREEDY][k - 1]
+            tokens += chance
+            ms = (
+                k * self.costs.step_ms(batch)
+                + self.costs.verify_ms(batch * (k + 1))
+                + self.costs.round_overhead_ms
+            )
+            best = max(best, (batch * tokens / ms, ms))
+        return best
+
+    # ------------------------------------------------------------ a round
+    def begin(self, rows: list[Row], longest: int | None = None) -> Round:
+        """A round over these requests; `longest` bounds the drafts of each, at most the policy's own bound."""
+        return Round(self, rows, self.longest if longest is None else min(longest, self.longest))
+
+    def _probes(self, batch: int) -> bool:
+        """Whether to draft although it has not paid of late, to see whether it would.
+
+        Pauses double up to LONGEST_PAUSE rounds, so that what the tries cost fades.
+        """
+        size = batch.bit_length()
+        left, pause = self._pauses.get(size, (2, 2))
+        if left > 0:
+            self._pauses[size] = (left - 1, pause)
+            return False
+        pause = min(2 * pause, LONGEST_PAUSE)
+        self._pauses[size] = (pause, pause)
+        return True
+
+    def assign(self, round: Round) -> None:
+        """Gives each request the context's tokens, the model's drafts or nothing: what is expected to gain most.
+
+        A draft step is run for the whole batch, so it is paid once: for every number k of draft steps each
+        request takes the better of its copy and k model drafts at the price of their rows alone, and the best
+        k decides. The round may still stop sooner, or go on.
+        """
+        rows = [row for row in round.rows if row.kind is not None]
+        copies = [self._copy(row.match, round) for row in rows]
+        gains = {kind: self._model_gains(kind, round) for kind in {row.kind for row in rows}}
+        step_ms = self.costs.step_ms(round.batch)
+
+        def total(k: int) -> float:
+            taken = (max(gain, gains[row.kind][k]) for row, (_, gain) in zip(rows, copies, strict=True))
+            return sum(taken) - round.rate * k * step_ms
+
+        best = max(range(round.longest + 1), key=total) if self._value(round.batch).value > 0 else 0
+        for row, (length, gain) in zip(rows, copies, strict=True):
+            row.copies = length > 0 and gain >= gains[row.kind][best]
+            row.drafts = length if row.copies else 0
+            row.drafting = not row.copies
+        if best:
+            self._pauses.pop(round.batch.bit_length(), None)
+        round.first_step = best > 0 or (any(row.drafting for row in rows) and self._probes(round.batch))
+
+    def _copy(self, match: Match | None, round: Round) -> tuple[int, float]:
+        """(tokens to copy, what they gain in tokens), the best length of the match."""
+        best = (0, 0.0)
+        if match is None:
+            return best
+        chance, gain = 1.0, 0.0
+        for j in range(1, min(len(match.tokens), round.longest) + 1):
+            chance *= self.copying[match.length + j - 2]
+            gain += chance
+            best = max(best, (j, gain - round.rate * round.row_ms(j)), key=lambda b: b[1])
+        return best
+
+    def _model_gains(self, kind: int | None, round: Round) -> list[float]:
+        """Tokens that a request gains with 0, 1, 2, ... draft steps, which it need not all use; their price left out."""
+        gains, chance, gain = [0.0], 1.0, 0.0
+        for k in range(1, round.longest + 1):
+            chance *= self.position[kind or GREEDY][k - 1]
+            gain += chance
+            gains.append(max(gains[-1], gain - round.rate * round.row_ms(k)))
+        return gains
+
+    # ------------------------------------------------------------ what came of it
+    def settle(self, round: Round, accepted: Sequence[int], tried: Sequence[int]) -> None:
+        """Learns from a round that was verified whole.
+
+        Args:
+            accepted: Drafts accepted, per row of the round.
+            tried: Drafts verified, per row; a scheduler may take fewer than it was given.
+        """
+        tokens, gained, drafting = 0, 0, 0
+        for row, right, out_of in zip(round.rows, accepted, tried, strict=True):
+            if row.kind is None:
+                continue
+            if row.copies:
+                continue
+            drafting += 1
+            tokens += 1 + right
+            gained += right
+            for j, bucket in enumerate(row.bins[: min(right + 1, out_of)]):
+                self.position[row.kind].observe(j, j < right)
+                self.confidence[row.kind].observe(bucket, j < right)
+        # Copies are left out: where they are found says nothing of what a token is worth elsewhere.
+        if drafting:
+            self._rate(round.batch).observe(tokens / drafting, round.ms)
+        if round.steps:
+            drafted = sum(row.drafts for row in round.rows if not row.copies)
+            extra = (
+                round.steps * self.costs.step_ms(round.batch)
+                + self.costs.verify_ms(round.verified)
+                - self.costs.verify_ms(round.verified - drafted)
+            )
+            self._value(round.batch).observe(gained - self.costs.plain_rate(round.batch) * extra)
+
+    def learn_copying(self, match: Match, actual: Sequence[int]) -> None:
+        """Compares what a match offered with the tokens that came, whether it was used or not."""
+        for j, (offered, came) in enumerate(zip(match.tokens, actual, strict=False)):
+            self.copying.observe(match.length + j - 1, offered == came)
+            if offered != came:
+                break

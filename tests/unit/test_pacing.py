@@ -1,0 +1,234 @@
+"""The pacing policy: what it decides, what it learns, and that it never costs more than it may."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sdfp_vllm.pacing.ngram import LONGEST, Match, latest_longest_match
+from sdfp_vllm.pacing.odds import Average, Odds
+from sdfp_vllm.pacing.policy import GREEDY, DraftPolicy, Round, Row
+from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing, confidence_bin
+
+BINS = len(CONFIDENCE_EDGES) + 1
+# (confidence, whether the draft is right) of one draft
+Draft = Callable[[random.Random], tuple[float, bool]]
+
+
+def costs(**changes) -> Pacing:
+    """A target of 10 ms a step whose rows cost 0.5 ms each, and a draft of a fifth of it."""
+    rows = [1, 64]
+    fields = dict(
+        rows=rows,
+        target_ms=[10.0 + 0.5 * (m - 1) for m in rows],
+        draft_ms=[2.0 + 0.1 * (m - 1) for m in rows],
+        round_overhead_ms=0.5,
+        acceptance=[0.8] * 8,
+        confidence=[0.8] * BINS,
+    )
+    return Pacing.model_validate(fields | changes)
+
+
+def simulate(
+    policy: DraftPolicy, draft: Draft, rounds: int, batch: int = 1, seed: int = 0
+) -> tuple[float, float, list[Round]]:
+    """Runs rounds whose drafts come from `draft`; returns (tokens, milliseconds, rounds)."""
+    rng = random.Random(seed)
+    tokens, ms, done = 0.0, 0.0, []
+    for _ in range(rounds):
+        rows = [Row(GREEDY) for _ in range(batch)]
+        round = policy.begin(rows)
+        right: list[list[bool]] = [[] for _ in rows]
+        while round.goes_on():
+            drawn = [draft(rng) for _ in rows]
+            kept = round.saw([confidence for confidence, _ in drawn])
+            for seen, (_, ok), keep in zip(right, drawn, kept, strict=True):
+                if keep:
+                    seen.append(ok)
+        accepted = [next((j for j, ok in enumerate(seen) if not ok), len(seen)) for seen in right]
+        policy.settle(round, accepted, [len(seen) for seen in right])
+        tokens += batch + sum(accepted)
+        ms += round.ms
+        done.append(round)
+    return tokens, ms, done
+
+
+def steady(chance: float) -> Draft:
+    return lambda rng: (0.85, rng.random() < chance)
+
+
+def best_fixed(pacing: Pacing, chance: float, batch: int = 1) -> float:
+    """Tokens per millisecond of the best fixed draft length, 0 included."""
+
+    def rate(k: int) -> float:
+        tokens = batch * sum(chance**j for j in range(k + 1))
+        return tokens / (
+            k * pacing.step_ms(batch) + pacing.verify_ms(batch * (k + 1)) + pacing.round_overhead_ms
+        )
+
+    return max(rate(k) for k in range(17))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("chance", [0.5, 0.8, 0.95])
+def test_on_steady_traffic_it_is_as_good_as_the_best_fixed_length(chance, batch):
+    policy = DraftPolicy(costs(), longest=16)
+    simulate(policy, steady(chance), 300, batch)  # learns
+    tokens, ms, _ = simulate(policy, steady(chance), 3000, batch, seed=1)
+    assert tokens / ms > 0.97 * best_fixed(costs(), chance, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_where_drafting_cannot_pay_it_costs_almost_nothing(batch):
+    policy = DraftPolicy(costs(), longest=16)  # whose plan promised 0.8
+    tokens, ms, rounds = simulate(policy, steady(0.05), 4000, batch)
+    assert tokens / ms > 0.99 * costs().plain_rate(batch)
+    assert sum(round.steps for round in rounds[-1000:]) > 0  # it goes on asking
+    assert sum(round.steps > 0 for round in rounds[-1000:]) < 20
+
+
+def test_it_comes_back_when_drafting_pays_again():
+    policy = DraftPolicy(costs(), longest=16)
+    simulate(policy, steady(0.0), 2000)
+    _, _, rounds = simulate(policy, steady(0.95), 4000, seed=1)
+    assert sum(round.steps > 0 for round in rounds[-500:]) > 490
+
+
+def test_confidence_that_tells_right_from_wrong_beats_every_fixed_length():
+    def draft(rng: random.Random) -> tuple[float, bool]:
+        sure = rng.random() < 0.7
+        return (0.97, rng.random() < 0.98) if sure else (0.35, rng.random() < 0.2)
+
+    policy = DraftPolicy(costs(), longest=16)
+    simulate(policy, draft, 300)
+    tokens, ms, _ = simulate(policy, draft, 3000, seed=1)
+    assert tokens / ms > 1.05 * best_fixed(costs(), 0.7 * 0.98 + 0.3 * 0.2)
+
+
+def test_requests_of_a_batch_stop_each_by_its_own_confidence():
+    cheap = costs(draft_ms=[0.2, 0.5], confidence=[0.05] * (BINS - 1) + [0.99])
+    policy = DraftPolicy(cheap, longest=4)
+    round = policy.begin([Row(GREEDY), Row(GREEDY), Row(None)])
+    while round.goes_on():
+        round.saw([1.0, 0.2, 1.0])
+    assert [row.drafts for row in round.rows] == [4, 0, 0]
+    assert round.verified == 3 + 4
+
+
+def test_the_longest_draft_is_never_exceeded():
+    policy = DraftPolicy(costs(acceptance=[1.0], confidence=[1.0] * BINS), longest=3)
+    _, _, rounds = simulate(policy, steady(1.0), 50)
+    assert {round.steps for round in rounds} == {3}
+
+
+# ---------------------------------------------------------------- copying
+def test_a_long_match_is_copied_and_needs_no_draft_step():
+    policy = DraftPolicy(costs(), longest=8)
+    match = Match(LONGEST, list(range(8)))
+    for _ in range(20):
+        policy.learn_copying(match, match.tokens)
+    round = policy.begin([Row(GREEDY, match)])
+    assert round.rows[0].copies and round.rows[0].drafts == 8
+    assert not round.goes_on()
+    assert round.verified == 9 and round.ms == pytest.approx(10 + 0.5 * 8 + 0.5)
+
+
+def test_copies_that_prove_wrong_are_left_to_the_model():
+    policy = DraftPolicy(costs(), longest=8)
+    match = Match(3, [1, 2, 3])
+    for _ in range(50):
+        policy.learn_copying(match, [9])
+    round = policy.begin([Row(GREEDY, match)])
+    assert not round.rows[0].copies and round.goes_on()
+
+
+def test_copying_is_learned_from_matches_that_were_not_used():
+    policy = DraftPolicy(costs(), longest=8)
+    before = policy.copying[2], policy.copying[3], policy.copying[4]
+    policy.learn_copying(Match(3, [1, 2, 3]), [1, 2, 7])
+    after = policy.copying[2], policy.copying[3], policy.copying[4]
+    assert after[0] > before[0] and after[1] > before[1] and after[2] < before[2]
+
+
+def test_one_request_that_copies_leaves_the_draft_steps_to_the_others():
+    policy = DraftPolicy(costs(), longest=8)
+    sure = Match(LONGEST, [5] * 8)
+    for _ in range(50):
+        policy.learn_copying(sure, sure.tokens)
+    round = policy.begin([Row(GREEDY, sure), Row(GREEDY)])
+    assert [row.copies for row in round.rows] == [True, False]
+    while round.goes_on():
+        round.saw([0.85, 0.85])
+    assert round.rows[0].drafts == 8 and round.rows[1].drafts > 0
+
+
+@given(st.lists(st.integers(0, 3), min_size=0, max_size=40), st.integers(1, 6))
+def test_the_match_is_the_latest_of_the_longest(context, most):
+    found = latest_longest_match(np.array(context, dtype=np.int32), most)
+    end = len(context)
+    best: tuple[int, int] | None = None  # (length, position behind it)
+    for stop in range(1, end):
+        length = 0
+        while length < min(stop, LONGEST) and context[stop - 1 - length] == context[end - 1 - length]:
+            length += 1
+        if length and (best is None or (length, stop) >= best):
+            best = (length, stop)
+    if best is None:
+        assert found is None
+        return
+    assert found is not None and found.length == best[0]
+    follows = list(context)
+    for _ in range(most):  # as if the text went on repeating itself
+        follows.append(follows[len(follows) - (end - best[1])])
+    assert found.tokens == follows[end:]
+
+
+# ---------------------------------------------------------------- parts
+def test_odds_follow_and_forget():
+    odds = Odds([0.9, 0.1], weight=4, memory=50)
+    assert odds[0] == 0.9 and odds[7] == pytest.approx(0.1)  # past the last bucket is the last
+    for _ in range(500):
+        odds.observe(0, False)
+    assert odds[0] < 0.01 and odds[1] == pytest.approx(0.1)
+
+
+def test_an_average_is_a_sum_over_a_count():
+    average = Average(2.0, weight=3.0, memory=1e9)
+    average.observe(20.0, count=5.0)
+    assert average.value == pytest.approx((6 + 20) / (3 + 5))
+
+
+def test_bins():
+    assert confidence_bin(0.0) == 0 and confidence_bin(1.0) == BINS - 1
+    assert confidence_bin(0.5) == confidence_bin(0.55) == CONFIDENCE_EDGES.index(0.5) + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": [2, 64]},
+        {"rows": [64, 1]},
+        {"target_ms": [1.0]},
+        {"draft_ms": [0.0, 1.0]},
+        {"target_ms": [float("nan"), 1.0]},
+        {"confidence": [0.5]},
+        {"acceptance": []},
+        {"acceptance": [1.5]},
+        {"unknown": 1},
+    ],
+)
+def test_a_record_that_cannot_be_is_refused(changes):
+    with pytest.raises(ValidationError):
+        costs(**changes)
+
+
+def test_times_are_linear_between_and_beyond_the_measured_rows():
+    pacing = costs(rows=[1, 2, 4], target_ms=[1.0, 2.0, 3.0], draft_ms=[1.0, 1.0, 1.0])
+    assert [pacing.verify_ms(m) for m in (1, 2, 3, 4, 6)] == [1.0, 2.0, 2.5, 3.0, 4.0]
+    assert costs(rows=[1], target_ms=[2.0], draft_ms=[1.0]).verify_ms(3) == 6.0
