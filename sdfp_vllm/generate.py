@@ -38,7 +38,7 @@ def generate_command(
     from rich.console import Console
 
     from sdfp_vllm.fingerprint import resolve_model_dir
-    from sdfp_vllm.measure import EngineSpec, run_engine
+    from sdfp_vllm.measure import EngineSpec, Turn, run_engine
     from sdfp_vllm.plan import find_plan
 
     text = _prompt_text(prompt, prompt_file)
@@ -54,11 +54,9 @@ def generate_command(
         eager = not torch.cuda.is_available()
     spec = EngineSpec(
         model=str(folder),
-        prompts=[text],
+        turns=[Turn(prompts=[text], max_tokens=max_tokens, temperature=temperature)],
         warm_up="The",
         speculative=speculative,
-        max_tokens=max_tokens,
-        temperature=temperature,
         seed=seed,
         dtype=dtype,
         engine={
@@ -70,25 +68,31 @@ def generate_command(
     console = Console(stderr=True)  # standard output holds the text alone
     with console.status("Generating with SDFP"):
         drafted = run_engine(spec)
-    print(drafted.texts[0])
-    rate, length = drafted.acceptance_rate, drafted.mean_accepted_length
-    console.print(f"[bold]SDFP[/] {drafted.decode_tokens_per_second:.2f} tokens/s, {drafted.tokens} tokens")
+    ours = drafted.turns[0]
+    print(ours.texts[0])
+    rate, length = ours.acceptance_rate, ours.mean_accepted_length
+    console.print(
+        f"[bold]SDFP[/] {drafted.decode_tokens_per_second:.2f} tokens/s, {len(ours.token_ids[0])} tokens"
+    )
     if rate is None:
         console.print("Nothing was drafted.")
     else:
         console.print(
-            f"acceptance {rate:.3f} ({drafted.accepted_tokens} of {drafted.draft_tokens} draft tokens), "
+            f"acceptance {rate:.3f} ({ours.accepted_tokens} of {ours.draft_tokens} draft tokens), "
             f"{length:.2f} tokens per verification round"
         )
     if not baseline:
         return
     with console.status("Generating without drafting"):
         plain = run_engine(spec.model_copy(update={"speculative": None}))
-    console.print(f"[bold]plain[/] {plain.decode_tokens_per_second:.2f} tokens/s, {plain.tokens} tokens")
+    console.print(
+        f"[bold]plain[/] {plain.decode_tokens_per_second:.2f} tokens/s, "
+        f"{len(plain.turns[0].token_ids[0])} tokens"
+    )
     if plain.decode_tokens_per_second:
         console.print(f"ratio {drafted.decode_tokens_per_second / plain.decode_tokens_per_second:.2f}x")
     if temperature == 0:
-        same = plain.token_ids == drafted.token_ids
+        same = plain.turns[0].token_ids == ours.token_ids
         console.print("text identical: " + ("yes" if same else "no (expected only below float32)"))
 
 

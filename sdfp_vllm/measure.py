@@ -2,18 +2,20 @@
 
 Engines are compared one process each: none inherits the other's memory, caches or compiled
 code. `run_engines` starts `python -m sdfp_vllm.measure FOLDER` for each, which builds `LLM`,
-warms it up, generates one prompt at a time (batch 1) and writes one JSON result.
+warms it up, generates turn by turn and writes one JSON result.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,58 +39,55 @@ _SETTINGS = {
 _ENGINE = {"distributed_executor_backend": "uni"}
 
 
+class Turn(BaseModel):
+    """Requests that an engine answers in one go, while the other engines wait. Prompts are text, or token ids."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: list[list[int] | str] = Field(min_length=1)
+    batch: int = Field(default=1, ge=1)  # so many at a time
+    max_tokens: int = Field(ge=1)
+    temperature: float = Field(default=0.0, ge=0.0)
+
+
 class EngineSpec(BaseModel):
-    """One engine and what it shall generate. Prompts are text, or token ids."""
+    """One engine and what it shall generate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    prompts: list[list[int] | str] = Field(min_length=1)
+    turns: list[Turn] = Field(min_length=1)
     warm_up: list[int] | str
     speculative: dict[str, Any] | None = None  # vLLM's speculative_config
-    max_tokens: int = Field(ge=1)
-    temperature: float = Field(default=0.0, ge=0.0)
     ignore_eos: bool = False
-    seed: int = 0
+    seed: int | None = 0  # of the engine and of every request; None for requests without
     dtype: str = "auto"
     engine: dict[str, Any] = {}  # further arguments of LLM()
     environment: dict[str, str] = {}
 
 
-class Measurement(BaseModel):
-    """What one engine gave. Times are in seconds, one entry per prompt.
+class TurnMeasurement(BaseModel):
+    """What one turn gave.
 
-    `seconds` is the whole request; `decode_seconds` runs from the first token to the last, and
-    is what drafting changes. The draft counters are vLLM's own metrics, warm-up excluded.
-    `accepted_per_position[j]` counts the rounds in which draft token j was accepted.
+    Attributes:
+        seconds: The whole requests'.
+        decode_seconds: From the first token to the last, which is what drafting changes.
+        draft_seconds: Spent in the drafter.
+        rounds, draft_tokens, accepted_tokens, accepted_per_position: vLLM's own metrics;
+            `accepted_per_position[j]` counts the rounds in which draft token j was accepted.
+        paced: (batch size, rows verified, draft steps that followed) of rounds, and their count; empty where not paced.
     """
 
     token_ids: list[list[int]]
     texts: list[str]
-    seconds: list[float]
-    decode_seconds: list[float]
-    start_seconds: float
-    rounds: int
-    draft_tokens: int
-    accepted_tokens: int
-    accepted_per_position: list[int]
-    kv_bytes_per_token: float | None
-    vllm_version: str
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.token_ids))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens over request time, prefill included."""
-        return self.tokens / sum(self.seconds)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens after each request's first, over the time they took. 0 where all have one token."""
-        spent = sum(self.decode_seconds)
-        return (self.tokens - len(self.token_ids)) / spent if spent else 0.0
+    seconds: float
+    decode_seconds: float
+    draft_seconds: float = 0.0
+    rounds: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = []
+    paced: list[tuple[int, int, int, int]] = []
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -101,6 +100,53 @@ class Measurement(BaseModel):
         return 1 + self.accepted_tokens / self.rounds if self.rounds else None
 
 
+class Measurement(BaseModel):
+    """What one engine gave, by turn, warm-up excluded. Times are in seconds."""
+
+    turns: list[TurnMeasurement]
+    start_seconds: float
+    kv_bytes_per_token: float | None
+    vllm_version: str
+
+    @property
+    def whole(self) -> TurnMeasurement:
+        """All turns as one."""
+        positions = itertools.zip_longest(*(t.accepted_per_position for t in self.turns), fillvalue=0)
+        paced: Counter[tuple[int, ...]] = Counter()
+        for *key, count in itertools.chain.from_iterable(t.paced for t in self.turns):
+            paced[tuple(key)] += count
+        return TurnMeasurement(
+            token_ids=[ids for t in self.turns for ids in t.token_ids],
+            texts=[text for t in self.turns for text in t.texts],
+            accepted_per_position=[sum(counts) for counts in positions],
+            paced=[(*key, count) for key, count in sorted(paced.items())],  # type: ignore[misc]
+            **{
+                name: sum(getattr(t, name) for t in self.turns)
+                for name in (
+                    "seconds", "decode_seconds", "draft_seconds", "rounds", "draft_tokens", "accepted_tokens",
+                )
+            },
+        )  # fmt: skip
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over request time, prefill included."""
+        whole = self.whole
+        return sum(map(len, whole.token_ids)) / whole.seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after each request's first, over the time they took. 0 where all have one token."""
+        whole = self.whole
+        later = sum(len(ids) - 1 for ids in whole.token_ids)
+        return later / whole.decode_seconds if whole.decode_seconds else 0.0
+
+
+def one_by_one(prompts: Sequence[list[int] | str], max_tokens: int, temperature: float = 0.0) -> list[Turn]:
+    """A turn for each prompt."""
+    return [Turn(prompts=[p], max_tokens=max_tokens, temperature=temperature) for p in prompts]
+
+
 def run_engine(spec: EngineSpec) -> Measurement:
     """Runs `spec` in a process of its own. See `run_engines`."""
     return run_engines([spec])[0]
@@ -109,7 +155,7 @@ def run_engine(spec: EngineSpec) -> Measurement:
 def run_engines(
     specs: Sequence[EngineSpec], on_step: Callable[[int, int], None] = lambda engine, done: None
 ) -> list[Measurement]:
-    """Runs all engines at once but in turns: prompt 0 on each, then prompt 1 on each, and so on.
+    """Runs all engines at once but in turns: turn 0 on each, then turn 1 on each, and so on.
 
     A machine whose speed drifts so slows all of them alike. Engines that are not at work are
     stopped (SIGSTOP), because an idle vLLM engine polls; they keep their memory. Every process
@@ -117,7 +163,7 @@ def run_engines(
 
     Args:
         specs: One per engine.
-        on_step: Called as (engine at work, steps done); an engine's start and each prompt are a step.
+        on_step: Called as (engine at work, steps done); an engine's start and each turn are a step.
 
     Raises:
         SdfpError: If an engine fails; carries the end of its output.
@@ -132,12 +178,12 @@ def run_engines(
             engines[-1].wait_for(1)
             engines[-1].pause()
             done += 1
-        for turn in range(max(len(spec.prompts) for spec in specs)):
+        for turn in range(max(len(spec.turns) for spec in specs)):
             for i, engine in enumerate(engines):
-                if turn < len(engine.spec.prompts):
+                if turn < len(engine.spec.turns):
                     on_step(i, done)
                     engine.resume()
-                    engine.next_prompt()
+                    engine.next_turn()
                     engine.wait_for(turn + 2)
                     engine.pause()
                     done += 1
@@ -182,7 +228,7 @@ class _EngineProcess:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
-    def next_prompt(self) -> None:
+    def next_turn(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # wait_for says why it died
             self.process.stdin.write(b"\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
@@ -216,52 +262,68 @@ def measure(spec: EngineSpec, ready: Callable[[], None] = lambda: None) -> Measu
     """Builds the engine in this process and generates. Use `run_engine` unless this process is for it alone.
 
     Args:
-        ready: Called before each prompt, outside of the timing, and once after the last; may block.
+        ready: Called before each turn, outside of the timing, and once after the last; may block.
     """
     import vllm
     from vllm import LLM, SamplingParams
 
-    from sdfp_vllm.integration.kv_space import kv_bytes_per_token
+    from sdfp_vllm.integration.inspect_engine import DraftingTime, kv_bytes_per_token, rounds_paced
 
     began = time.perf_counter()
     llm = LLM(
         spec.model,
         dtype=spec.dtype,  # type: ignore[arg-type]  # vLLM refuses what it does not know
-        seed=spec.seed,
+        seed=spec.seed or 0,
         speculative_config=spec.speculative,
         disable_log_stats=False,
         **(_ENGINE | spec.engine),
     )
     start_seconds = time.perf_counter() - began
 
-    def generate(prompt: list[int] | str, max_tokens: int) -> Any:
-        params = SamplingParams(
-            max_tokens=max_tokens, temperature=spec.temperature, ignore_eos=spec.ignore_eos, seed=spec.seed
-        )
-        request: Any = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-        return llm.generate(request, params, use_tqdm=False)[0]
+    spent = DraftingTime(llm)
 
-    generate(spec.warm_up, _WARM_UP_TOKENS)
-    before = _draft_counters(llm)
-    outputs, seconds = [], []
-    for prompt in spec.prompts:
-        ready()
+    def generate(prompts: Sequence[list[int] | str], max_tokens: int, temperature: float) -> list[Any]:
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, ignore_eos=spec.ignore_eos, seed=spec.seed
+        )
+        requests: Any = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
+        return llm.generate(requests, params, use_tqdm=False)
+
+    def run(turn: Turn) -> TurnMeasurement:
+        before, drafting, paced = _draft_counters(llm), spent.seconds, rounds_paced(llm)
+        outputs, decoding = [], 0.0
         began = time.perf_counter()
-        outputs.append(generate(prompt, spec.max_tokens))
-        seconds.append(time.perf_counter() - began)
+        for i in range(0, len(turn.prompts), turn.batch):
+            chunk = generate(turn.prompts[i : i + turn.batch], turn.max_tokens, turn.temperature)
+            outputs += chunk
+            decoding += max(o.metrics.last_token_ts for o in chunk) - min(
+                o.metrics.first_token_ts for o in chunk
+            )
+        seconds = time.perf_counter() - began
+        after = _draft_counters(llm)
+        counted = {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in after}
+        return TurnMeasurement(
+            token_ids=[list(o.outputs[0].token_ids) for o in outputs],
+            texts=[o.outputs[0].text for o in outputs],
+            seconds=seconds,
+            decode_seconds=decoding,
+            draft_seconds=spent.seconds - drafting,
+            rounds=sum(counted["num_drafts"]),
+            draft_tokens=sum(counted["num_draft_tokens"]),
+            accepted_tokens=sum(counted["num_accepted_tokens"]),
+            accepted_per_position=counted["num_accepted_tokens_per_pos"],
+            paced=[(*key, count) for key, count in sorted((rounds_paced(llm) - paced).items())],
+        )
+
+    generate([spec.warm_up], _WARM_UP_TOKENS, 0.0)
+    turns = []
+    for turn in spec.turns:
+        ready()
+        turns.append(run(turn))
     ready()
-    after = _draft_counters(llm)
-    counted = {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in after}
     return Measurement(
-        token_ids=[list(o.outputs[0].token_ids) for o in outputs],
-        texts=[o.outputs[0].text for o in outputs],
-        seconds=seconds,
-        decode_seconds=[o.metrics.last_token_ts - o.metrics.first_token_ts for o in outputs],
+        turns=turns,
         start_seconds=start_seconds,
-        rounds=sum(counted["num_drafts"]),
-        draft_tokens=sum(counted["num_draft_tokens"]),
-        accepted_tokens=sum(counted["num_accepted_tokens"]),
-        accepted_per_position=counted["num_accepted_tokens_per_pos"],
         kv_bytes_per_token=kv_bytes_per_token(llm),
         vllm_version=vllm.__version__,
     )

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.measure import Measurement
+from sdfp_vllm.measure import Measurement, TurnMeasurement
 from sdfp_vllm.plan import SkipPlan
 
 PLAIN, SDFP, NGRAM, DRAFT_MODEL = "plain", "sdfp", "ngram", "draft_model"
@@ -42,16 +42,20 @@ class Comparison:
     efficiency: float | None
 
 
-def speedup_bound(plan: SkipPlan, tokens_per_round: float) -> float | None:
-    """tokens_per_round * T_verify(1) / (T_verify(k + 1) + k * T_draft); None for a plan without costs.
+def speedup_bound(plan: SkipPlan, drafted: TurnMeasurement) -> float | None:
+    """Plain decoding's time for the same text over the drafting engine's, at the plan's costs; None for a plan without.
 
-    T_draft is the kept layers' and the head's time. Overheads of the engine and of drafting count as zero.
+    Time is that of the target's forwards and of the draft steps that were run; overheads of the engine and
+    of drafting count as zero. Prompts go one at a time.
     """
-    cost, k = plan.cost, plan.num_speculative_tokens
-    if cost is None or len(cost.verify_ms) <= k:
+    if drafted.paced and plan.pacing:
+        later = sum(len(ids) - 1 for ids in drafted.token_ids)
+        return later * plan.pacing.verify_ms(1) / plan.pacing.least_ms(drafted.paced)
+    cost, k, length = plan.cost, plan.num_speculative_tokens, drafted.mean_accepted_length
+    if cost is None or length is None or len(cost.verify_ms) <= k:
         return None
     draft_ms = len(plan.kept_layers) * cost.layer_ms + cost.head_ms
-    return tokens_per_round * cost.verify_ms[0] / (cost.verify_ms[k] + k * draft_ms)
+    return length * cost.verify_ms[0] / (cost.verify_ms[k] + k * draft_ms)
 
 
 def compare(plan: SkipPlan, plain: Measurement, sdfp: Measurement) -> Comparison:
@@ -60,13 +64,14 @@ def compare(plan: SkipPlan, plain: Measurement, sdfp: Measurement) -> Comparison
     Raises:
         SdfpError: If SDFP drafted nothing.
     """
-    acceptance, length = sdfp.acceptance_rate, sdfp.mean_accepted_length
+    drafted = sdfp.whole
+    acceptance, length = drafted.acceptance_rate, drafted.mean_accepted_length
     if acceptance is None or length is None:
         raise SdfpError(
             "SDFP", "drafted no token", "Look at the plan with `sdfp show`; it may say 0 draft tokens."
         )
     measured = sdfp.decode_tokens_per_second / plain.decode_tokens_per_second
-    bound = speedup_bound(plan, length)
+    bound = speedup_bound(plan, drafted)
     return Comparison(
         predicted_acceptance=plan.prediction.acceptance_rate,
         measured_acceptance=acceptance,
@@ -81,7 +86,7 @@ def compare(plan: SkipPlan, plain: Measurement, sdfp: Measurement) -> Comparison
 
 def identical(a: Measurement, b: Measurement) -> int:
     """How many prompts got the same tokens from both."""
-    return sum(x == y for x, y in zip(a.token_ids, b.token_ids, strict=True))
+    return sum(x == y for x, y in zip(a.whole.token_ids, b.whole.token_ids, strict=True))
 
 
 def rows(results: Mapping[str, Measurement], draft_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -97,12 +102,12 @@ def rows(results: Mapping[str, Measurement], draft_bytes: Mapping[str, int]) -> 
             "tokens_per_second": m.tokens_per_second,
             "ratio_to_plain": m.tokens_per_second / plain.tokens_per_second,
             "decode_tokens_per_second": m.decode_tokens_per_second,
-            "acceptance_rate": m.acceptance_rate,
-            "mean_accepted_length": m.mean_accepted_length,
+            "acceptance_rate": m.whole.acceptance_rate,
+            "mean_accepted_length": m.whole.mean_accepted_length,
             "extra_weight_bytes": draft_bytes.get(method, 0),
             "kv_bytes_per_token": m.kv_bytes_per_token,
             "identical_texts": identical(m, plain),
-            "texts": len(m.texts),
+            "texts": len(m.whole.texts),
             "engine_start_seconds": m.start_seconds,
         }
         for method, m in results.items()
@@ -181,7 +186,8 @@ def save_picture(path: Path, title: str, results: Mapping[str, Measurement]) -> 
     )
     speed.set_ylabel("tokens/s, batch 1")
     speed.margins(y=0.2)
-    for method, r in results.items():
+    for method, measured in results.items():
+        r = measured.whole
         if r.rounds:
             shares = [n / r.rounds for n in r.accepted_per_position]
             acceptance.plot(

@@ -30,7 +30,7 @@ from sdfp_vllm.demo.target import demo_draft, demo_target
 from sdfp_vllm.demo.widen import read_config
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import fingerprint
-from sdfp_vllm.measure import EngineSpec, Measurement, run_engines
+from sdfp_vllm.measure import EngineSpec, Measurement, one_by_one, run_engines
 from sdfp_vllm.plan import PLAN_FILE, SkipPlan, default_plan_dir, load_plan
 from sdfp_vllm.source_tree import git_sha
 
@@ -88,10 +88,9 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     def spec(method: str) -> EngineSpec:
         return EngineSpec(
             model=str(target),
-            prompts=list(prompts),
+            turns=one_by_one(prompts, settings.new_tokens),
             warm_up=warm_up,
             speculative=speculative[method],
-            max_tokens=settings.new_tokens,
             ignore_eos=True,
             seed=settings.seed,
             dtype="float32",
@@ -179,9 +178,9 @@ def _run_all(specs: dict[str, EngineSpec], in_turns: bool, console: Console) -> 
     groups = [list(specs)] if in_turns else [[method] for method in specs]
     results: dict[str, Measurement] = {}
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(1 + len(s.prompts) for s in specs.values()))
+        task = progress.add_task("", total=sum(1 + len(s.turns) for s in specs.values()))
         for group in groups:
-            before = sum(1 + len(r.texts) for r in results.values())
+            before = sum(1 + len(r.turns) for r in results.values())
 
             def on_step(engine: int, done: int, group: list[str] = group, before: int = before) -> None:
                 progress.update(task, description=NAMES[group[engine]], completed=before + done)
@@ -203,7 +202,8 @@ def _enough_memory(target: Path, engines: int) -> bool:
 
 def time_spread(m: Measurement) -> float:
     """(slowest - fastest) / median decoding time per prompt: how steady the machine was, where texts are equally long."""
-    return (max(m.decode_seconds) - min(m.decode_seconds)) / statistics.median(m.decode_seconds)
+    times = [turn.decode_seconds for turn in m.turns]
+    return (max(times) - min(times)) / statistics.median(times)
 
 
 def _check(s: DemoSettings) -> None:

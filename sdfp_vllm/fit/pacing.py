@@ -47,7 +47,8 @@ def measure_pacing(
         rows=cost.rows,
         # More rows never cost less: where the clock says so it was disturbed.
         target_ms=list(accumulate((cost.forward_ms(cost.num_layers, m) for m in cost.rows), max)),
-        draft_ms=list(accumulate((cost.draft_ms(len(keep), m) for m in cost.rows), max)),
+        draft_ms=list(accumulate((cost.forward_ms(len(keep), m) for m in cost.rows), max)),
+        draft_overhead_ms=cost.draft_ms(len(keep)) - cost.forward_ms(len(keep), 1),
         round_overhead_ms=cost.round_overhead_ms,
         acceptance=runs.rounds(steps).acceptance,
         confidence=chances.tolist(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,8 +26,8 @@ class Pacing(BaseModel):
     Attributes:
         rows: Row counts of a forward, ascending from 1.
         target_ms: The full model's forward over that many rows (head included), milliseconds.
-        draft_ms: One draft step over that many rows (kept layers, head, engine overhead), milliseconds.
-        round_overhead_ms: What every round pays besides, drafting or not.
+        draft_ms: One draft step over that many rows (kept layers and head), milliseconds.
+        draft_overhead_ms, round_overhead_ms: What the engine adds to a draft step, and to every round, drafting or not.
         acceptance: Chance that draft token j is accepted, given that all before it were.
         confidence: Per bin of CONFIDENCE_EDGES, the chance that a draft of such confidence is accepted.
     """
@@ -36,6 +37,7 @@ class Pacing(BaseModel):
     rows: list[Annotated[int, Field(ge=1, strict=True)]] = Field(min_length=1)
     target_ms: list[Milliseconds]
     draft_ms: list[Milliseconds]
+    draft_overhead_ms: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
     round_overhead_ms: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
     acceptance: list[Probability] = Field(min_length=1)
     confidence: list[Probability] = Field(
@@ -56,7 +58,7 @@ class Pacing(BaseModel):
 
     def step_ms(self, batch: int) -> float:
         """One draft step for `batch` requests."""
-        return self._at(self.draft_ms, batch)
+        return self._at(self.draft_ms, batch) + self.draft_overhead_ms
 
     def plain_ms(self, batch: int) -> float:
         """One step of plain decoding."""
@@ -65,6 +67,13 @@ class Pacing(BaseModel):
     def plain_rate(self, batch: int) -> float:
         """Tokens per millisecond of plain decoding, all requests together."""
         return batch / self.plain_ms(batch)
+
+    def least_ms(self, rounds: Iterable[tuple[int, int, int, int]]) -> float:
+        """What rounds would take were everything free but the model: (batch size, rows verified, draft steps, count) each."""
+        return sum(
+            count * (self.verify_ms(rows) + steps * self._at(self.draft_ms, batch))
+            for batch, rows, steps, count in rounds
+        )
 
     def _at(self, values: list[float], rows: int) -> float:
         if len(self.rows) == 1:

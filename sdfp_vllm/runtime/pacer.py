@@ -8,8 +8,9 @@ that may differ in number between requests, so synchronous scheduling.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,25 +70,23 @@ class Verified:
 
 @dataclass
 class Tally:
-    """What an engine's rounds came to, for benchmarks: counts, and the plan's milliseconds for the same work.
+    """What an engine's rounds came to, for benchmarks and tests.
 
-    `ms` are those of the rounds as they were, `plain_ms` those of as many steps of plain decoding.
+    Attributes:
+        rounds: How often requests, all of them drafted for before, met (batch size, rows just verified, draft steps
+            that followed). The steps after a prefill are left out, as is the prefill.
+        model_drafts, copied_drafts: Tokens drafted by the model, and copied from the context.
     """
 
-    rounds: int = 0
-    steps: int = 0
+    rounds: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     model_drafts: int = 0
     copied_drafts: int = 0
-    ms: float = 0.0
-    plain_ms: float = 0.0
 
-    def add(self, round: Round, plain_ms: float) -> None:
-        self.rounds += 1
-        self.steps += round.steps
+    def add(self, round: Round, verified: int | None) -> None:
+        if verified is not None:
+            self.rounds[round.batch, verified, round.steps] += 1
         self.model_drafts += sum(row.drafts for row in round.rows if not row.copies)
         self.copied_drafts += sum(row.drafts for row in round.rows if row.copies)
-        self.ms += round.ms
-        self.plain_ms += plain_ms
 
 
 class Pacer:
@@ -123,7 +122,7 @@ class Pacer:
         """
         batch = self._runner.input_batch
         ids = list(batch.req_ids)
-        self._settle(ids, verified)
+        settled = self._settle(ids, verified)
         rows = self._rows(verified, sampling)
         round = self.policy.begin(rows)
         drafts: list[list[int]] = [
@@ -144,7 +143,7 @@ class Pacer:
             ids,
             [p[0] + n + 1 for p, n in zip(verified.positions, verified.accepted, strict=True)],
         )
-        self.tally.add(round, self.policy.costs.plain_ms(round.batch))
+        self.tally.add(round, sum(map(len, verified.tokens)) if settled else None)
         return drafts, None if sampling.all_greedy else _distributions(drafts, rows, probs)
 
     def _rows(self, verified: Verified, sampling: SamplingMetadata) -> list[Row]:
@@ -171,9 +170,10 @@ class Pacer:
         new = verified.tokens[i][accepted + 1 - (end - known) : accepted + 1] if end > known else []
         return np.concatenate([batch.token_ids_cpu[i, : min(known, end)], [*new, verified.sampled[i]]])
 
-    def _settle(self, ids: Sequence[str], verified: Verified) -> None:
+    def _settle(self, ids: Sequence[str], verified: Verified) -> bool:
+        """Tells the policy what became of the last round; whether all that was just verified was of that round."""
         if self._open is None:
-            return
+            return False
         (round, asked, positions), self._open = self._open, None
         where = {request: i for i, request in enumerate(ids)}
         accepted, tried, whole = [], [], True
@@ -193,6 +193,7 @@ class Pacer:
                 self.policy.learn_copying(row.match, [*came, verified.sampled[i]])
         if whole:
             self.policy.settle(round, accepted, tried)
+        return whole and all(row.kind is not None for row in round.rows) and len(ids) <= len(asked)
 
 
 def _distributions(

@@ -56,6 +56,7 @@ def pacing_by_hand(row_ms: float = 0.5, **changes: Any) -> Pacing:
         rows=[1, 64],
         target_ms=[10.0, 10.0 + 63 * row_ms],
         draft_ms=[1.0, 1.5],
+        draft_overhead_ms=0.0,
         round_overhead_ms=0.5,
         acceptance=[0.7] * 8,
         confidence=[0.2] * 5 + [0.7] * 10,

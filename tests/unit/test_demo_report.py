@@ -9,27 +9,29 @@ from sdfp_vllm.demo import report
 from sdfp_vllm.demo.run import DemoSettings, run_demo, time_spread
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import Fingerprint
-from sdfp_vllm.measure import EngineSpec, Measurement, run_engine
+from sdfp_vllm.measure import EngineSpec, Measurement, Turn, TurnMeasurement, run_engine
+from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing
 from sdfp_vllm.plan import CostModel, Prediction, Provenance, SkipPlan
 
 
-def measurement(**changed) -> Measurement:
-    base = dict(
-        token_ids=[[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], texts=["a", "b"], seconds=[1.0, 1.5], decode_seconds=[0.8, 1.2],
-        start_seconds=9.0, rounds=0, draft_tokens=0, accepted_tokens=0, accepted_per_position=[],
-        kv_bytes_per_token=2048.0, vllm_version="0",
-    )  # fmt: skip
-    return Measurement.model_validate(base | changed)
+def measurement(seconds=(1.0, 1.5), decode_seconds=(0.8, 1.2), last=10, **drafts) -> Measurement:
+    """Two prompts, a turn each, five tokens each; `drafts` are those of the second."""
+    ids = [[1, 2, 3, 4, 5], [6, 7, 8, 9, last]]
+    turns = [
+        TurnMeasurement(token_ids=[i], texts=[t], seconds=s, decode_seconds=d, **(drafts if t == "b" else {}))
+        for i, t, s, d in zip(ids, "ab", seconds, decode_seconds, strict=True)
+    ]
+    return Measurement(turns=turns, start_seconds=9.0, kv_bytes_per_token=2048.0, vllm_version="0")
 
 
 DRAFTED = measurement(
-    seconds=[0.5, 0.75],
-    decode_seconds=[0.4, 0.6],
+    seconds=(0.5, 0.75),
+    decode_seconds=(0.4, 0.6),
+    last=11,
     rounds=4,
     draft_tokens=12,
     accepted_tokens=6,
     accepted_per_position=[3, 2, 1],
-    token_ids=[[1, 2, 3, 4, 5], [6, 7, 8, 9, 11]],
 )
 
 
@@ -61,16 +63,38 @@ def test_rates_of_a_measurement():
     plain = measurement()
     assert plain.tokens_per_second == pytest.approx(10 / 2.5)
     assert plain.decode_tokens_per_second == pytest.approx(8 / 2.0)
-    assert plain.acceptance_rate is None and plain.mean_accepted_length is None
-    assert DRAFTED.acceptance_rate == pytest.approx(0.5)
-    assert DRAFTED.mean_accepted_length == pytest.approx(2.5)
+    assert plain.whole.acceptance_rate is None and plain.whole.mean_accepted_length is None
+    assert DRAFTED.whole.acceptance_rate == pytest.approx(0.5)
+    assert DRAFTED.whole.mean_accepted_length == pytest.approx(2.5)
+
+
+def test_a_whole_is_the_sum_of_its_turns():
+    turn = DRAFTED.turns[1].model_copy(update={"paced": [(1, 4, 3, 2), (1, 6, 5, 1)]})
+    whole = DRAFTED.model_copy(update={"turns": [turn, DRAFTED.turns[0], turn]}).whole
+    assert (whole.rounds, whole.draft_tokens, whole.accepted_per_position) == (8, 24, [6, 4, 2])
+    assert whole.paced == [(1, 4, 3, 4), (1, 6, 5, 2)]
+    assert whole.seconds == pytest.approx(0.75 + 0.5 + 0.75) and whole.texts == ["b", "a", "b"]
 
 
 def test_bound_is_what_acceptance_and_costs_allow_without_overhead():
     # 2.5 tokens for one verification of 4 rows (40 ms) and 3 drafts of 4 layers and a head (9 ms each)
-    assert report.speedup_bound(plan([32.0, 34.0, 37.0, 40.0]), 2.5) == pytest.approx(2.5 * 32 / (40 + 27))
-    assert report.speedup_bound(plan([32.0, 34.0]), 2.5) is None  # 4 rows were not measured
-    assert report.speedup_bound(plan(None), 2.5) is None
+    drafted = DRAFTED.whole
+    assert report.speedup_bound(plan([32.0, 34.0, 37.0, 40.0]), drafted) == pytest.approx(
+        2.5 * 32 / (40 + 27)
+    )
+    assert report.speedup_bound(plan([32.0, 34.0]), drafted) is None  # 4 rows were not measured
+    assert report.speedup_bound(plan(None), drafted) is None
+
+
+def test_bound_of_paced_rounds_counts_the_work_that_was_done():
+    pacing = Pacing(
+        rows=[1, 8], target_ms=[10.0, 17.0], draft_ms=[2.0, 9.0], draft_overhead_ms=5.0, round_overhead_ms=7.0,
+        acceptance=[0.5], confidence=[0.5] * (len(CONFIDENCE_EDGES) + 1),
+    )  # fmt: skip
+    paced = DRAFTED.whole.model_copy(update={"paced": [(1, 4, 3, 2), (1, 1, 0, 1)]})
+    least = 2 * (13 + 3 * 2) + 10
+    planned = plan(None).model_copy(update={"pacing": pacing})
+    assert report.speedup_bound(planned, paced) == pytest.approx(8 * 10 / least)
 
 
 def test_comparison_of_plan_and_measurement():
@@ -138,6 +162,8 @@ def test_bad_settings_are_refused_before_any_work(settings, flag):
 
 @pytest.mark.engine
 def test_an_engine_that_fails_says_why(tmp_path):
-    spec = EngineSpec(model=str(tmp_path / "no-model"), prompts=[[1]], warm_up=[1], max_tokens=2)
+    spec = EngineSpec(
+        model=str(tmp_path / "no-model"), turns=[Turn(prompts=[[1]], max_tokens=2)], warm_up=[1]
+    )
     with pytest.raises(SdfpError, match=r"plain decoding.*no-model(?s:.*)exit status 1"):
         run_engine(spec)

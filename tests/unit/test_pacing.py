@@ -28,6 +28,7 @@ def costs(**changes) -> Pacing:
         rows=rows,
         target_ms=[10.0 + 0.5 * (m - 1) for m in rows],
         draft_ms=[2.0 + 0.1 * (m - 1) for m in rows],
+        draft_overhead_ms=0.0,
         round_overhead_ms=0.5,
         acceptance=[0.8] * 8,
         confidence=[0.8] * BINS,
