@@ -19,6 +19,10 @@ demo-ray: $(READY)
 demo-dipgo: $(READY)
 	$(VENV)/bin/sdfp dipgo demo
 
+# Every figure that docs/performance.md holds itself to; wants a quiet machine, takes about half an hour.
+bench: $(READY)
+	$(PY) benchmarks/suite
+
 # Two workers, a file of tests each: engines are single-threaded in tests. Triton kernels and vLLM's
 # V2 runner have a run of their own, under Triton's interpreter.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -35,6 +35,44 @@ class Odds:
         self._tried[bucket] = self._tried[bucket] * self._fade + 1.0
 
 
+class PositionOdds:
+    """The chance that draft j is accepted, given that all before it were.
+
+    Positions that are not reached any more go back to what the plan knows of them, scaled by how the
+    traffic compares with the plan at the positions that are: so a run of good luck is followed further.
+
+    Args:
+        plan: The plan's chances by position; those past the last are the last.
+        positions: How many there may be.
+    """
+
+    def __init__(
+        self, plan: Sequence[float], positions: int, weight: float = PRIOR_WEIGHT, memory: float = MEMORY
+    ):
+        self._plan = [*plan, *[plan[-1]] * positions][: max(positions, 1)]
+        self._accepted, self._tried = [0.0] * len(self._plan), [0.0] * len(self._plan)
+        self._weight, self._fade = weight, 1.0 - 1.0 / memory
+        self._now = list(self._plan)
+
+    def __getitem__(self, position: int) -> float:
+        return self._now[min(position, len(self._now) - 1)]
+
+    def observe(self, accepted: int, tried: int) -> None:
+        """Learns from a request whose first `accepted` of `tried` drafts were accepted."""
+        if not tried:
+            return
+        for j in range(len(self._plan)):
+            reached = j < tried and j <= accepted
+            self._accepted[j] = self._accepted[j] * self._fade + (j < accepted)
+            self._tried[j] = self._tried[j] * self._fade + reached
+        expected = sum(t * p for t, p in zip(self._tried, self._plan, strict=True))
+        scale = (sum(self._accepted) + self._weight) / (expected + self._weight)
+        self._now = [
+            (a + self._weight * min(scale * p, 1.0)) / (t + self._weight)
+            for a, t, p in zip(self._accepted, self._tried, self._plan, strict=True)
+        ]
+
+
 class Average:
     """A mean whose past fades; `weight` observations of `prior` to begin with."""
 

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sdfp_vllm.pacing.ngram import LONGEST, Match
-from sdfp_vllm.pacing.odds import Average, Odds
+from sdfp_vllm.pacing.odds import Average, Odds, PositionOdds
+from sdfp_vllm.pacing.pauses import Pauses
 from sdfp_vllm.pacing.record import Pacing, confidence_bin
 
-# Rounds that decide whether drafting pays at all, and the longest pause between two tries where it does not.
+# Rounds that decide whether drafting pays at all.
 VALUE_MEMORY = 32.0
-LONGEST_PAUSE = 128
 # A model's confidence says something else about greedy tokens than about sampled ones.
 GREEDY, SAMPLED = 0, 1
 
@@ -132,14 +132,14 @@ class DraftPolicy:
 
     def __init__(self, costs: Pacing, longest: int):
         self.costs, self.longest = costs, longest
-        self.position = [Odds(costs.acceptance) for _ in (GREEDY, SAMPLED)]
+        self.position = [PositionOdds(costs.acceptance, longest) for _ in (GREEDY, SAMPLED)]
         self.confidence = [Odds(costs.confidence) for _ in (GREEDY, SAMPLED)]
         # Copies: by how many tokens already agree, the match and the copies before. n / (n + 1) is the rule of
         # succession after n successes in a row, with no failure seen; it fades within a few dozen rounds.
         self.copying = Odds([n / (n + 1) for n in range(1, LONGEST + 1)], weight=4.0)
         self._rates: dict[int, Average] = {}
         self._values: dict[int, Average] = {}
-        self._pauses: dict[int, tuple[int, int]] = {}  # rounds until the next try, rounds of this pause
+        self._pauses = Pauses()
 
     # ------------------------------------------------------------ what is known
     def rate(self, batch: int) -> float:
@@ -185,20 +185,6 @@ class DraftPolicy:
         """A round over these requests; `longest` bounds the drafts of each, at most the policy's own bound."""
         return Round(self, rows, self.longest if longest is None else min(longest, self.longest))
 
-    def _probes(self, batch: int) -> bool:
-        """Whether to draft although it has not paid of late, to see whether it would.
-
-        Pauses double up to LONGEST_PAUSE rounds, so that what the tries cost fades.
-        """
-        size = batch.bit_length()
-        left, pause = self._pauses.get(size, (2, 2))
-        if left > 0:
-            self._pauses[size] = (left - 1, pause)
-            return False
-        pause = min(2 * pause, LONGEST_PAUSE)
-        self._pauses[size] = (pause, pause)
-        return True
-
     def assign(self, round: Round) -> None:
         """Gives each request the context's tokens, the model's drafts or nothing: what is expected to gain most.
 
@@ -221,8 +207,9 @@ class DraftPolicy:
             row.drafts = length if row.copies else 0
             row.drafting = not row.copies
         if best:
-            self._pauses.pop(round.batch.bit_length(), None)
-        round.first_step = best > 0 or (any(row.drafting for row in rows) and self._probes(round.batch))
+            self._pauses.end(round.batch)
+        # Now and then although it has not paid of late, to see whether it would.
+        round.first_step = best > 0 or (any(row.drafting for row in rows) and self._pauses.over(round.batch))
 
     def _copy(self, match: Match | None, round: Round) -> tuple[int, float]:
         """(tokens to copy, what they gain in tokens), the best length of the match."""
@@ -262,8 +249,8 @@ class DraftPolicy:
             drafting += 1
             tokens += 1 + right
             gained += right
+            self.position[row.kind].observe(right, min(out_of, len(row.bins)))
             for j, bucket in enumerate(row.bins[: min(right + 1, out_of)]):
-                self.position[row.kind].observe(j, j < right)
                 self.confidence[row.kind].observe(bucket, j < right)
         # Copies are left out: where they are found says nothing of what a token is worth elsewhere.
         if drafting:

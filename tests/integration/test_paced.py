@@ -68,7 +68,8 @@ def test_the_context_is_the_text_so_far(llm, prompts, monkeypatch):
     assert len(seen) > len(chosen)
     for context in seen:
         assert len(context) > shortest
-        assert any(context == text[: len(context)] for text in texts)
+        # The last may hold more than was asked for: drafts accepted past the end.
+        assert any(context[: len(text)] == text[: len(context)] for text in texts)
     for prompt in chosen:  # from the first sampled token on
         assert any(len(context) == len(prompt) + 1 for context in seen)
 
@@ -88,8 +89,8 @@ def test_a_length_by_the_user_is_fixed(target, paced_plan, prompts, plain_tokens
 
 
 def test_where_nothing_is_accepted_it_stops_drafting(target, kept, tmp_path, prompts, plain_tokens):
-    """Verification of a row as dear as a step: no draft can pay."""
-    dear = pacing_by_hand(row_ms=10.0)
+    """Verification of a row dearer than a step: no draft can pay."""
+    dear = pacing_by_hand(row_ms=40.0)
     plan = write_plan(target, tmp_path, kept, k=3, pacing=dear)
     with engine(target, {"method": "sdfp", "model": plan}) as llm:
         assert_identical(tokens(llm, prompts), plain_tokens)

@@ -22,7 +22,8 @@ SEQUENCES, LENGTH = 256, 100
 def llm(request, bigram, tmp_path_factory):
     """Drafts that are sampled ("probabilistic") and one-hot ("greedy"); "paced": as many as pays, or copied."""
     paced, greedy = "paced" in request.param, "greedy" in request.param
-    pacing = {"pacing": pacing_by_hand(row_ms=1.2)} if paced else {}
+    # Nearly free drafts: a batch of 256 is drafted for in depth, and much is at stake for a wrong kernel.
+    pacing = {"pacing": pacing_by_hand(row_ms=0.002, draft_ms=[0.01, 0.02])} if paced else {}
     plan = write_plan(bigram, tmp_path_factory.mktemp("plan"), [0, 3], k=3, **pacing)
     settings = {
         "method": "sdfp",

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from sdfp_vllm.pacing.batch import BatchPolicy
 from sdfp_vllm.pacing.ngram import LONGEST, Match, latest_longest_match
-from sdfp_vllm.pacing.odds import Average, Odds
+from sdfp_vllm.pacing.odds import Average, Odds, PositionOdds
 from sdfp_vllm.pacing.policy import GREEDY, DraftPolicy, Round, Row
 from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing, confidence_bin
 
@@ -128,6 +129,32 @@ def test_the_longest_draft_is_never_exceeded():
     assert {round.steps for round in rounds} == {3}
 
 
+# ---------------------------------------------------------------- one length for a batch
+def in_batches(policy: BatchPolicy, chance: float, steps: int, batch: int, seed: int = 0) -> list[int]:
+    rng, chosen = random.Random(seed), []
+    for _ in range(steps):
+        k = policy[batch]
+        chosen.append(k)
+        for _ in range(batch if k else 0):
+            policy.observe(k, next((j for j in range(k) if rng.random() > chance), k))
+    return chosen
+
+
+def test_a_batch_gets_the_length_that_is_fastest_for_it():
+    policy = BatchPolicy(costs(), [0, 1, 2, 4, 8])
+    for chance, batch in ((0.95, 1), (0.6, 4), (0.8, 64)):
+        chosen = in_batches(policy, chance, 600, batch)[-100:]
+        true = BatchPolicy(costs(acceptance=[chance] * 8), [0, 1, 2, 4, 8])
+        rates = {k: true.rate(batch, k) for k in (0, 1, 2, 4, 8)}
+        assert sum(rates[k] for k in chosen) / 100 > 0.97 * max(rates.values())
+
+
+def test_a_batch_that_accepts_nothing_is_hardly_ever_drafted_for_until_it_pays_again():
+    policy = BatchPolicy(costs(), [0, 5])
+    assert sum(k > 0 for k in in_batches(policy, 0.0, 3000, 2)[-1000:]) in range(1, 20)
+    assert min(in_batches(policy, 0.95, 8000, 2)[-100:]) == 5
+
+
 # ---------------------------------------------------------------- copying
 def test_a_long_match_is_copied_and_needs_no_draft_step():
     policy = DraftPolicy(costs(), longest=8)
@@ -197,6 +224,20 @@ def test_odds_follow_and_forget():
     for _ in range(500):
         odds.observe(0, False)
     assert odds[0] < 0.01 and odds[1] == pytest.approx(0.1)
+
+
+def test_positions_never_reached_follow_those_that_are_and_forget_what_they_knew():
+    odds = PositionOdds([0.8, 0.7, 0.6], positions=5, memory=100)
+    assert [odds[j] for j in (0, 2, 4, 9)] == [0.8, 0.6, 0.6, 0.6]
+    for _ in range(300):
+        odds.observe(3, 4)  # three accepted, the fourth not
+    assert odds[0] > 0.95 and odds[3] < 0.2
+    for _ in range(1000):
+        odds.observe(0, 1)
+    assert odds[0] < 0.05 and odds[1] < 0.12  # scaled with the first
+    for _ in range(1000):
+        odds.observe(1, 1)
+    assert odds[0] > 0.95 and 0.8 < odds[3] < 0.9  # the plan's 0.6, scaled; the bad time is forgotten
 
 
 def test_an_average_is_a_sum_over_a_count():

@@ -1,0 +1,197 @@
+"""The benchmark that the project is held to: one run, every method, batch sizes, prompts of several kinds.
+
+    make bench                       # python benchmarks/suite
+    python benchmarks/suite --repeats 1 --batches 1 8 --shapes      # a quick look
+
+All engines are vLLM's, in float32 and eager on this machine's CPU, one process each, and take turns: turn after
+turn the same prompts go to each of them, so that a machine that drifts slows all alike. A ratio is
+decoding speed (tokens after each request's first, over their time) over plain vLLM's in the same turn; shown are
+the median over the repeats, and the least and the most. Other repeats have other prompts.
+
+The demo target is cost-scaled and its redundancy is trained in; the other shapes are random checkpoints
+whose acceptance is dialled (benchmarks/dialled.py): synthetic workloads. `bound` is what a method's own
+acceptance and rounds allow at the costs of the forwards measured before the run, all else free; `efficiency` is
+the ratio over it.
+
+Writes benchmarks/results/latest.json, .md and .png. Take a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from engines import (
+    DIALLED,
+    DRAFT_MODEL,
+    FIXED,
+    NGRAM,
+    PLAIN,
+    SDFP,
+    SUFFIX,
+    dialled_model,
+    draft_cost,
+    methods_at_hand,
+    spec,
+    speculative,
+)
+from figures import headline, least_time, row
+from pages import picture, tables
+from rich.console import Console
+from workloads import NOISE, Cell, cells, turn
+
+from sdfp_vllm.demo.run import provenance
+from sdfp_vllm.demo.target import demo_cache, demo_draft, demo_target
+from sdfp_vllm.fit.job import make_plan
+from sdfp_vllm.fit.progress import stages
+from sdfp_vllm.measure import run_engines
+from sdfp_vllm.plan import SkipPlan
+
+RESULTS = Path(__file__).parents[1] / "results"
+DEMO = "demo target, cost-scaled to 0.32B"
+WARM_UP = list(range(300, 332))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=33)
+    parser.add_argument("--methods", nargs="+", default=[PLAIN, SDFP, FIXED, DRAFT_MODEL, NGRAM, SUFFIX])
+    parser.add_argument("--shapes", nargs="*", choices=list(DIALLED), default=list(DIALLED))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    began = time.time()
+    console = Console(stderr=True)
+    result: dict[str, Any] = {
+        "cost_scaled": True,
+        "settings": vars(asked) | {"out": None},
+        "models": {},
+        "notes": {},
+        "left_out": sorted(set(asked.methods) - set(methods_at_hand(asked.methods))),
+        "provenance": provenance(),
+    }
+    with tempfile.TemporaryDirectory(prefix="sdfp-bench-") as folder:
+        result |= demo_part(asked, Path(folder), console, result)
+        write(result, asked.out, began)
+        for shape in asked.shapes:
+            shape_part(shape, asked, Path(folder), console, result)
+            write(result, asked.out, began)
+    console.print(f"Wrote {asked.out / 'latest.json'}, latest.md, latest.png; {time.time() - began:.0f} s")
+
+
+def demo_part(asked: argparse.Namespace, folder: Path, console: Console, result: dict[str, Any]) -> dict:
+    """The demo target in every cell with every method; the plan is made anew, on the machine as it is now."""
+    with console.status("Preparing the cost-scaled demo models (first run only)"):
+        target, draft = demo_target(), demo_draft()
+    plan = make_plan(
+        str(target), out=folder / "plan", dtype="float32", score_form="diagonal", console=console
+    )
+    result["plan"] = plan.model_dump(
+        include={"kept_layers", "num_speculative_tokens", "prediction", "pacing", "made"}, mode="json"
+    )
+    methods = methods_at_hand(asked.methods)
+    costs = draft_cost(draft) if DRAFT_MODEL in methods else None
+    rows = compare(
+        target, folder / "plan", plan, methods, cells(asked.batches), asked, console, draft=draft, costs=costs
+    )
+    result["models"][DEMO] = rows
+    result["notes"][DEMO] = (
+        f"Cost-scaled, redundancy trained in. {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers draft; "
+        f"fixed length {plan.num_speculative_tokens}; draft_model is a separate 2-layer model, "
+        "its weights beside the target's."
+    )
+    return {"headline": headline(rows)}
+
+
+def shape_part(
+    shape: str, asked: argparse.Namespace, folder: Path, console: Console, result: dict[str, Any]
+) -> None:
+    """A real model's shape with random weights and dialled acceptance."""
+    with console.status(f"Preparing a random checkpoint of the shape {shape}"):
+        model, plan, where = dialled_model(shape, demo_cache() / "dialled")
+    name = f"{shape}, random weights"
+    noise = [Cell(NOISE, b, 0.0, b) for b in asked.batches if b in (1, 8)]
+    methods = [m for m in (PLAIN, SDFP, FIXED, NGRAM) if m in asked.methods]
+    result["models"][name] = compare(
+        model, where, plan, methods, noise, asked, console, dtype="bfloat16", repeats=min(asked.repeats, 2)
+    )
+    result["notes"][name] = (
+        f"Synthetic: random weights in bfloat16, {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers at full "
+        f"strength, the others at {DIALLED[shape]['scale']}; prompts of random tokens; fixed length "
+        f"{plan.num_speculative_tokens}. Texts may differ from plain decoding's in this precision, as in vLLM."
+    )
+
+
+def compare(
+    model: Path,
+    where: Path,
+    plan: SkipPlan,
+    methods: list[str],
+    chosen: list[Cell],
+    asked: argparse.Namespace,
+    console: Console,
+    *,
+    dtype: str = "float32",
+    repeats: int | None = None,
+    draft: Path | None = None,
+    costs: Any = None,
+) -> list[dict[str, Any]]:
+    """Rows of every method in every cell."""
+    repeats = repeats or asked.repeats
+    turns = [
+        turn(cell, model, asked.prompt_tokens, asked.new_tokens, seed)
+        for seed in range(repeats)
+        for cell in chosen
+    ]
+    k = plan.num_speculative_tokens
+    specs = [
+        spec(model, turns, WARM_UP, speculative(method, str(where), k, draft), dtype=dtype)
+        for method in methods
+    ]
+    with stages(console) as bar, bar.step("Engines", len(specs) * (1 + len(turns))) as advance:
+        done = 0
+
+        def on_step(engine: int, step: int) -> None:
+            nonlocal done
+            at = (step - len(specs)) // len(specs) % len(chosen)
+            what = "starting" if step < len(specs) else chosen[at].name
+            advance(step - done, f"{methods[engine]}: {what}")
+            done = step
+
+        measured = dict(zip(methods, run_engines(specs, on_step), strict=True))
+    least = {method: least_time(method, plan, costs) for method in methods}
+    rows = []
+    for c, cell in enumerate(chosen):
+        of_cell = {m: [r.turns[s * len(chosen) + c] for s in range(repeats)] for m, r in measured.items()}
+        rows += [row(cell, m, of_cell[m], of_cell[PLAIN], least[m], least[PLAIN]) for m in methods]
+    return rows
+
+
+def write(result: dict[str, Any], out: Path, began: float) -> None:
+    """Saves what there is; each file is replaced whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    result["wall_seconds"] = time.time() - began
+    for name, content in (
+        ("latest.json", json.dumps(result, indent=1, default=str) + "\n"),
+        ("latest.md", tables(result)),
+    ):
+        new = out / f".{name}.new"
+        new.write_text(content)
+        os.replace(new, out / name)
+    picture(result, out / "latest.png")
+
+
+if __name__ == "__main__":
+    main()
