@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.fit.bridged_stack import bridging
+from sdfp_vllm.fit.head import restricted_linear
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
@@ -112,11 +113,13 @@ class DraftRollout:
         steps: int,
         proceed: Callable[[AcceptedRuns], bool] = lambda runs: True,
         bridges: Mapping[Run, Bridge] | None = None,
+        tokens: Tensor | None = None,
     ) -> AcceptedRuns:
         """Drafts up to `steps` tokens from every start position with the layers in `keep`.
 
         Args:
             bridges: Over runs of skipped layers, as the engine has them.
+            tokens: int64 [M], ascending, all that the draft's head can propose; None for the full head.
             proceed: Asked after each step but the last with the result so far; False stops early.
 
         Raises:
@@ -126,12 +129,16 @@ class DraftRollout:
         lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
         runs = AcceptedRuns(lengths, (text.ends - text.first).cpu(), 0)
         rows = self._all_rows()
+        head = None if tokens is None else restricted_linear(self.stack, tokens)
         with bridging(self.stack, keep, bridges), rollout_attention(self.stack):
             for j in range(steps):
                 rows = rows.select(rows.start + j < text.ends[rows.sequence])
                 if len(rows.start):
                     position = rows.start + j
-                    draft = self._argmax(self._hidden(text.ids[rows.sequence, position], position, rows))
+                    hidden = self._hidden(text.ids[rows.sequence, position], position, rows)
+                    draft = self._argmax(hidden, head)
+                    if tokens is not None:
+                        draft = tokens.to(draft.device)[draft]
                     rows = rows.select(draft == self.target[rows.sequence, position])
                     lengths[rows.sequence.cpu(), (rows.start - text.first).cpu()] += 1
                 runs = AcceptedRuns(lengths, runs.ends, j + 1)
@@ -152,5 +159,6 @@ class DraftRollout:
             input_ids=ids[None], position_ids=position[None], use_cache=False, rollout=state
         ).last_hidden_state[0]
 
-    def _argmax(self, hidden: Tensor) -> Tensor:
-        return torch.cat([self.stack.head(rows).argmax(-1) for rows in hidden.split(_HEAD_ROWS)])
+    def _argmax(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+        head = head or self.stack.head
+        return torch.cat([head(rows).argmax(-1) for rows in hidden.split(_HEAD_ROWS)])

@@ -44,6 +44,8 @@ class SdfpConfig(SpeculativeConfig):
     """Decoder layers of the target that draft, ascending."""
     bridges_sha256: str = ""
     """Hash of the bridge tensors beside the plan, which every worker reads there; empty for none."""
+    head_sha256: str = ""
+    """The same for the tokens of a restricted draft head; empty for the full one."""
 
     def __post_init__(self) -> None:
         # Upstream's own resolves a second model's config; here the draft is the target.
@@ -69,8 +71,8 @@ class SdfpConfig(SpeculativeConfig):
         return 0  # no draft prefill: nothing is fed beyond what the target verifies
 
     def compute_hash(self) -> str:
-        """Adds keep set and bridges: vLLM keys compiled graphs by this, and others are another graph."""
-        factors = f"{super().compute_hash()} sdfp {self.kept_layers} {self.bridges_sha256}"
+        """Adds keep set, bridges and head: vLLM keys compiled graphs by this, and others are another graph."""
+        factors = f"{super().compute_hash()} sdfp {self.kept_layers} {self.bridges_sha256} {self.head_sha256}"
         return hashlib.sha256(factors.encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -121,6 +123,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
         return SdfpConfig(
             kept_layers=list(plan.kept_layers),
             bridges_sha256="" if plan.bridges == "none" else plan.bridges.sha256,
+            head_sha256="" if plan.head == "full" else plan.head.sha256,
             target_model_config=model_config,
             target_parallel_config=parallel_config,
             **passed,
