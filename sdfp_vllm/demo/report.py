@@ -50,7 +50,8 @@ def speedup_bound(plan: SkipPlan, tokens_per_round: float) -> float | None:
     cost, k = plan.cost, plan.num_speculative_tokens
     if cost is None or len(cost.verify_ms) <= k:
         return None
-    draft_ms = len(plan.kept_layers) * cost.layer_ms + cost.head_ms
+    head_ms = cost.head_ms if cost.draft_head_ms is None else cost.draft_head_ms
+    draft_ms = len(plan.kept_layers) * cost.layer_ms + head_ms
     return tokens_per_round * cost.verify_ms[0] / (cost.verify_ms[k] + k * draft_ms)
 
 

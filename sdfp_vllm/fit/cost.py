@@ -50,6 +50,7 @@ class MeasuredCost:
         device, dtype, threads: Where, in what, and with how many torch threads.
         bridge_ms: One bridge at one row; a keep set of n layers skips at most n + 1 runs, and as many
             bridges are reckoned with. A batch's rows are taken to cost no more.
+        draft_head: Time of the draft's head as a share of `head`, at any number of rows; 1 if it is full.
     """
 
     rows: list[int]
@@ -63,6 +64,7 @@ class MeasuredCost:
     round_overhead_ms: float = ROUND_OVERHEAD_MS
     draft_overhead_ms: float = DRAFT_OVERHEAD_MS
     bridge_ms: float = 0.0
+    draft_head: float = 1.0
 
     def forward_ms(self, layers: int, rows: int) -> float:
         """One forward through `layers` layers and the head; linear between and beyond measured rows."""
@@ -76,6 +78,7 @@ class MeasuredCost:
         """One round: `draft_tokens` draft steps through `layers` layers, then verification."""
         bridges = min(layers + 1, self.num_layers - layers) * self.bridge_ms
         draft = self.forward_ms(layers, batch) + self.draft_overhead_ms + bridges
+        draft -= (1.0 - self.draft_head) * self._at(self.head, batch)
         verify = self.forward_ms(self.num_layers, batch * (draft_tokens + 1))
         return draft_tokens * draft + verify + self.round_overhead_ms
 
@@ -88,6 +91,7 @@ class MeasuredCost:
         return CostModel(
             layer_ms=self.layer[0],
             head_ms=self.head[0],
+            draft_head_ms=None if self.draft_head == 1.0 else self.draft_head * self.head[0],
             verify_ms=[self.forward_ms(self.num_layers, m) for m in range(1, self.max_rows + 1)],
             draft_overhead_ms=self.draft_overhead_ms,
             round_overhead_ms=self.round_overhead_ms,

@@ -45,6 +45,11 @@ class Continuations:
     first: int
     ends: Tensor
 
+    def written(self) -> Tensor:
+        """The tokens that the target wrote, int64 [n]: what a draft has to propose."""
+        position = torch.arange(self.first, self.ids.shape[1], device=self.ids.device)
+        return self.ids[:, self.first :][position < self.ends.to(position)[:, None]]
+
     def split(self, count: int) -> tuple[Continuations, Continuations | None]:
         """The first `count` sequences, and the others (None: there are none)."""
         rest = Continuations(self.ids[count:], self.first, self.ends[count:])
@@ -129,16 +134,13 @@ class DraftRollout:
         lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
         runs = AcceptedRuns(lengths, (text.ends - text.first).cpu(), 0)
         rows = self._all_rows()
-        head = None if tokens is None else restricted_linear(self.stack, tokens)
+        choose = self._argmax if tokens is None else _argmax_among(self.stack, tokens)
         with bridging(self.stack, keep, bridges), rollout_attention(self.stack):
             for j in range(steps):
                 rows = rows.select(rows.start + j < text.ends[rows.sequence])
                 if len(rows.start):
                     position = rows.start + j
-                    hidden = self._hidden(text.ids[rows.sequence, position], position, rows)
-                    draft = self._argmax(hidden, head)
-                    if tokens is not None:
-                        draft = tokens.to(draft.device)[draft]
+                    draft = choose(self._hidden(text.ids[rows.sequence, position], position, rows))
                     rows = rows.select(draft == self.target[rows.sequence, position])
                     lengths[rows.sequence.cpu(), (rows.start - text.first).cpu()] += 1
                 runs = AcceptedRuns(lengths, runs.ends, j + 1)
@@ -159,6 +161,15 @@ class DraftRollout:
             input_ids=ids[None], position_ids=position[None], use_cache=False, rollout=state
         ).last_hidden_state[0]
 
-    def _argmax(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
-        head = head or self.stack.head
-        return torch.cat([head(rows).argmax(-1) for rows in hidden.split(_HEAD_ROWS)])
+    def _argmax(self, hidden: Tensor) -> Tensor:
+        return _best_row(self.stack.head, hidden)
+
+
+def _argmax_among(stack: DecoderStack, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a head restricted to `tokens` chooses: hidden states [R, hidden] -> ids, int64 [R]."""
+    head, tokens = restricted_linear(stack, tokens), tokens.to(stack.device)
+    return lambda hidden: tokens[_best_row(head, hidden)]
+
+
+def _best_row(head: nn.Module, hidden: Tensor) -> Tensor:
+    return torch.cat([head(rows).argmax(-1) for rows in hidden.split(_HEAD_ROWS)])
