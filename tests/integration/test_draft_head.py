@@ -72,7 +72,12 @@ def test_greedy_text_is_the_targets_and_drafts_are_the_offline_jobs(
 
 
 @pytest.mark.parametrize(
-    "params", [dict(temperature=1.0), dict(temperature=0.7, top_k=5, top_p=0.8)], ids=str
+    "params",
+    [
+        dict(temperature=0.7, top_k=5, top_p=0.8),
+        pytest.param(dict(temperature=1.0), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_sampled_text_follows_the_exact_distribution(bigram, exact, tmp_path, params):  # noqa: F811
     """25,344 draws, of which the draft can propose 5 of 8 tokens."""
@@ -120,7 +125,7 @@ def test_soft_cap_and_tied_embeddings_are_the_targets_own(tmp_path):
     assert (got[:, 1::2] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("broken", ["quantised", "other logits"])
+@pytest.mark.parametrize("broken", ["quantised", pytest.param("other logits", marks=pytest.mark.slow)])
 def test_where_rows_cannot_be_gathered_the_full_head_drafts_and_says_so(
     target, restricted, prompts, plain_tokens, monkeypatch, broken
 ):

@@ -123,7 +123,7 @@ def test_a_wrong_description_is_refused(folder, head):
         load_plan(folder)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), vouched=st.booleans())
 def test_any_mutation_of_the_tokens_gives_a_head_or_our_error(tmp_path_factory, data, vouched):
     """Bytes changed or cut; half of the time the plan vouches for them, so that the parser meets them."""
