@@ -130,7 +130,7 @@ def _draw(name: str, shape: tuple[int, ...], keep: set[int], scale: float, skew:
         sharpen = name.endswith("model.norm.weight")
         value = LOGIT_STD / (EMBEDDING * math.sqrt(shape[0])) if sharpen else 1.0
         return torch.full(shape, value if not name.endswith(".bias") else 0.0)
-    generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     drawn = torch.randn(shape, generator=generator)
     if "embed_tokens" in name or "lm_head" in name:
         commonness = (1 + torch.arange(shape[0]) / _COMMON) ** -skew

@@ -1,21 +1,16 @@
-"""Bridges as they are stored: `bridges.safetensors` beside plan.json, described and pinned by the plan.
-
-A safetensors file holds numbers only. Its name is fixed and its hash is in the plan, so that a plan can
-neither point elsewhere nor be served with another plan's tensors.
-"""
+"""Bridges as they are stored: `bridges.safetensors` beside plan.json, described and pinned by the plan."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.errors import PlanError
 from sdfp_vllm.plan import BRIDGE_FILE, BridgeRun, Bridges, SkipPlan, load_plan
+from sdfp_vllm.tensor_file import pack_tensors, read_tensors
 
 Run = tuple[int, int]  # first and last skipped layer
 
@@ -25,7 +20,6 @@ _TENSORS = {
     "affine": ("shift", "scale"),
     "low-rank": ("shift", "mean", "down", "up"),
 }
-_HEADER_ROOM = 1 << 20
 
 
 def pack_bridges(runs: Sequence[BridgeRun], bridges: Mapping[Run, Bridge]) -> tuple[Bridges, bytes]:
@@ -36,11 +30,8 @@ def pack_bridges(runs: Sequence[BridgeRun], bridges: Mapping[Run, Bridge]) -> tu
         for run in runs
         for name, tensor in bridges[run.first, run.last].tensors().items()
     }
-    content = safetensors.torch.save(tensors)
-    description = Bridges(
-        kind=first.kind, rank=first.rank, runs=list(runs), sha256=hashlib.sha256(content).hexdigest()
-    )
-    return description, content
+    content, sha256 = pack_tensors(tensors)
+    return Bridges(kind=first.kind, rank=first.rank, runs=list(runs), sha256=sha256), content
 
 
 def load_bridges(folder: Path, plan: SkipPlan) -> dict[Run, Bridge]:
@@ -52,27 +43,8 @@ def load_bridges(folder: Path, plan: SkipPlan) -> dict[Run, Bridge]:
     """
     if plan.bridges == "none":
         return {}
-    path = folder / BRIDGE_FILE
-    wanted = _wanted(plan.bridges, plan.fingerprint.hidden_size)
-    content = _read(path, sum(_size(shape) for shape in wanted.values()) + _HEADER_ROOM)
-    if hashlib.sha256(content).hexdigest() != plan.bridges.sha256:
-        raise _error(path, "is not the file that the plan was written with (its SHA-256 differs)")
-    try:
-        found = safetensors.torch.load(content)
-    except Exception as e:  # a hostile header raises whatever the parser meets
-        raise _error(path, f"is not a safetensors file ({type(e).__name__}: {e})") from e
-    if set(found) != set(wanted):
-        odd = sorted(set(found) ^ set(wanted))[0]
-        raise _error(path, f"{'lacks' if odd in wanted else 'holds an unknown'} tensor {odd!r}")
-    for name, shape in wanted.items():
-        tensor = found[name]
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-            raise _error(
-                path,
-                f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, not float32 of {shape}",
-            )
-        if not torch.isfinite(tensor).all():
-            raise _error(path, f"tensor {name!r} holds numbers that are not finite")
+    shapes = _shapes(plan.bridges, plan.fingerprint.hidden_size)
+    found = read_tensors(folder / BRIDGE_FILE, shapes, torch.float32, plan.bridges.sha256, "bridges")
     return {
         (r.first, r.last): Bridge(
             **{name: found[_key((r.first, r.last), name)] for name in _TENSORS[plan.bridges.kind]}
@@ -97,7 +69,7 @@ def bridges_at(path: str | Path, sha256: str) -> dict[Run, Bridge]:
     return load_bridges(folder, plan)
 
 
-def _wanted(bridges: Bridges, hidden: int) -> dict[str, tuple[int, ...]]:
+def _shapes(bridges: Bridges, hidden: int) -> dict[str, tuple[int, ...]]:
     sizes = {"H": hidden, "R": bridges.rank}
     return {
         _key((run.first, run.last), name): tuple(sizes[letter] for letter in _SHAPES[name])
@@ -108,27 +80,3 @@ def _wanted(bridges: Bridges, hidden: int) -> dict[str, tuple[int, ...]]:
 
 def _key(run: Run, name: str) -> str:
     return f"{run[0]}-{run[1]}.{name}"
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 4
-    for n in shape:
-        size *= n
-    return size
-
-
-def _read(path: Path, most: int) -> bytes:
-    try:
-        if path.stat().st_size > most:
-            raise _error(path, f"is larger than the {most} bytes its tensors can take")
-        return path.read_bytes()
-    except FileNotFoundError as e:
-        raise _error(path, "is missing, and the plan beside it has bridges") from e
-    except OSError as e:
-        raise _error(path, f"cannot be read ({e})") from e
-
-
-def _error(path: Path, what: str) -> PlanError:
-    return PlanError(
-        str(path), what, "Copy the plan's whole folder, or make it again with `sdfp plan MODEL`."
-    )

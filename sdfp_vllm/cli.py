@@ -72,6 +72,12 @@ def plan(
             help="Map over skipped layers: none, bias, affine, low-rank, or auto (whichever is fastest)."
         ),
     ] = "none",
+    head: Annotated[
+        str,
+        typer.Option(
+            help="Tokens a draft can propose: full, their number, or auto (fewer where that is faster)."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with Fisher scores that were interrupted.")
@@ -114,6 +120,7 @@ def plan(
         dtype=dtype,
         score_form=score_form,
         bridge=bridge,
+        head=head,
         seed=seed,
         resume=resume,
         ray=RayOptions.from_flags(ray, workers=workers, address=address, gpus_per_worker=gpus_per_worker),

@@ -1,6 +1,7 @@
 """SkipPlan: the contract between the offline job, which writes it, and the runtime, which obeys it.
 
-A plan is a folder with `plan.json` and, where the plan has bridges, `bridges.safetensors`.
+A plan is a folder with `plan.json` and, where the plan has bridges, `bridges.safetensors`, and where its
+draft head is restricted, `head.safetensors`.
 Nothing in it is executable; loading it reads no file outside the folder.
 """
 
@@ -22,6 +23,7 @@ from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
 SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
 BRIDGE_FILE = "bridges.safetensors"
+HEAD_FILE = "head.safetensors"
 MAX_DRAFT_TOKENS = 32
 MAX_BRIDGE_RANK = 64
 
@@ -65,11 +67,12 @@ class CostModel(_Strict):
     `verify_ms[m - 1]` is the full model's forward over m rows (m - 1 draft tokens), head
     included; one draft step costs `len(kept) * layer_ms + head_ms`, plus
     `draft_overhead_ms`, bridges included; every round pays `round_overhead_ms` in plain decoding and in
-    drafting alike.
+    drafting alike. A restricted draft head takes `draft_head_ms` in the place of `head_ms` (None: full).
     """
 
     layer_ms: NonNegative
     head_ms: NonNegative
+    draft_head_ms: NonNegative | None = None
     verify_ms: list[NonNegative] = Field(min_length=1)
     draft_overhead_ms: NonNegative
     round_overhead_ms: NonNegative
@@ -131,6 +134,19 @@ class Bridges(_Strict):
         return self
 
 
+class DraftHead(_Strict):
+    """A draft head that computes the logits of `tokens` ids only; the draft never proposes the others.
+
+    The ids lie in `head.safetensors` beside the plan, a name that no plan can change; `sha256` is that
+    file's. `coverage` is the share of tokens in the target's own text that are among them, on text they
+    were not chosen by.
+    """
+
+    tokens: Annotated[int, Field(ge=1, strict=True)]
+    coverage: Probability
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class Provenance(_Strict):
     """How the plan was made; enough to make it again."""
 
@@ -160,6 +176,7 @@ class SkipPlan(_Strict):
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS, strict=True)]
     draft_tokens_by_batch: list[tuple[Annotated[int, Field(ge=1, strict=True)], DraftTokens]] = []
     bridges: Literal["none"] | Bridges = "none"
+    head: Literal["full"] | DraftHead = "full"
     worthwhile: bool
     prediction: Prediction
     scores: list[LayerScore]
@@ -200,25 +217,41 @@ class SkipPlan(_Strict):
             raise ValueError(f"scores must list layers 0 to {n - 1} once each, in order")
         return self
 
-    def save(self, folder: str | Path, tensors: bytes | None = None) -> Path:
+    @model_validator(mode="after")
+    def _head_is_smaller(self) -> SkipPlan:
+        if self.head != "full" and self.head.tokens >= self.fingerprint.vocab_size:
+            raise ValueError(
+                f"head has {self.head.tokens} tokens of a vocabulary of {self.fingerprint.vocab_size}"
+            )
+        return self
+
+    def save(
+        self, folder: str | Path, tensors: bytes | None = None, head_tokens: bytes | None = None
+    ) -> Path:
         """Writes `<folder>/plan.json` atomically (a reader sees the old plan or the new one) and returns its path.
 
         Args:
             tensors: Content of `bridges.safetensors`, given if and only if the plan has bridges. Written
                 first: a reader in between finds that it is not the plan's, and is told so.
+            head_tokens: The same for `head.safetensors` and a restricted head.
 
         Raises:
             PlanError: If the folder cannot be written.
         """
         if (tensors is None) != (self.bridges == "none"):
             raise ValueError("a plan with bridges is saved with their tensors, one without has none")
+        if (head_tokens is None) != (self.head == "full"):
+            raise ValueError("a plan with a restricted head is saved with its tensors, one without has none")
         folder = Path(folder)
         path = folder / PLAN_FILE
-        if tensors is not None:
-            write_atomically(folder / BRIDGE_FILE, tensors)
+        beside = {BRIDGE_FILE: tensors, HEAD_FILE: head_tokens}
+        for name, content in beside.items():
+            if content is not None:
+                write_atomically(folder / name, content)
         write_plan(self, path)
-        if tensors is None:
-            (folder / BRIDGE_FILE).unlink(missing_ok=True)  # of the plan that was here before
+        for name, content in beside.items():
+            if content is None:
+                (folder / name).unlink(missing_ok=True)  # of the plan that was here before
         return path
 
 
@@ -234,7 +267,7 @@ def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan
     Args:
         expected: The served model's fingerprint; a plan for another model is refused.
 
-    The tensors of its bridges are read and checked as well.
+    The tensors of its bridges and the tokens of its head are read and checked as well.
 
     Raises:
         PlanError: Naming the file, the field and the way out. No other exception leaves here.
@@ -253,6 +286,10 @@ def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan
         from sdfp_vllm.bridge_file import load_bridges  # torch, which a plan without bridges does not need
 
         load_bridges(path.parent, plan)
+    if plan.head != "full":
+        from sdfp_vllm.head_file import load_head
+
+        load_head(path.parent, plan)
     return plan
 
 

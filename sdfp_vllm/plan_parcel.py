@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdfp_vllm.plan import BRIDGE_FILE, PLAN_FILE, find_plan
+from sdfp_vllm.plan import BRIDGE_FILE, HEAD_FILE, PLAN_FILE, find_plan
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PlanParcel:
         """
         _, folder = find_plan(model, plan or None)
         folder = folder.parent if folder.name == PLAN_FILE else folder
-        present = [name for name in (PLAN_FILE, BRIDGE_FILE) if (folder / name).is_file()]
+        present = [name for name in (PLAN_FILE, BRIDGE_FILE, HEAD_FILE) if (folder / name).is_file()]
         return cls({name: (folder / name).read_bytes() for name in present})
 
     @property

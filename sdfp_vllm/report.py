@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.plan import Candidate, SkipPlan, default_plan_dir
+from sdfp_vllm.plan import Candidate, CostModel, SkipPlan, default_plan_dir
 
 
 def serve_command(plan: SkipPlan, folder: Path) -> str:
@@ -47,6 +47,8 @@ def summary(plan: SkipPlan, path: Path) -> Text:
     lines.append(f"Kept layers: {' '.join(map(str, plan.kept_layers))}\n")
     if text := bridges(plan):
         lines.append(f"Bridges: {text}\n")
+    if text := head(plan):
+        lines.append(f"Draft head: {text}\n")
     lines.append(f"Plan: {path}\n")
     lines.append(f"{'Serve it' if plan.worthwhile else 'Serve it all the same'}: ")
     lines.append(serve_command(plan, path.parent), style="bold")
@@ -60,6 +62,14 @@ def bridges(plan: SkipPlan) -> str:
     rank = f" of rank {plan.bridges.rank}" if plan.bridges.rank else ""
     runs = ", ".join(f"{r.first}-{r.last} ({r.error:.2f})" for r in plan.bridges.runs)
     return f"{plan.bridges.kind}{rank} over layers (held-out error left): {runs}"
+
+
+def head(plan: SkipPlan) -> str:
+    """Size of a restricted draft head and what it covers; empty for the full one."""
+    if plan.head == "full":
+        return ""
+    vocab = plan.fingerprint.vocab_size
+    return f"{plan.head.tokens:,} of {vocab:,} tokens, {plan.head.coverage:.1%} of those in the target's own text"
 
 
 def tables(plan: SkipPlan) -> Group:
@@ -129,15 +139,21 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
         rows.append(("draft tokens by batch", ", ".join(f"{b}: {k}" for b, k in plan.draft_tokens_by_batch)))
     if text := bridges(plan):
         rows.append(("bridges", text))
+    if text := head(plan):
+        rows.append(("draft head", text))
     if cost:
         relative = " ".join(f"{v / cost.verify_ms[0]:.2f}" for v in cost.verify_ms)
         rows += [
             ("measured on", f"{cost.device}, {cost.dtype}, {cost.threads} threads"),
-            ("layer, head", f"{cost.layer_ms:.3f} ms, {cost.head_ms:.3f} ms"),
+            ("layer, head", f"{cost.layer_ms:.3f} ms, {cost.head_ms:.3f} ms" + _draft_head_ms(cost)),
             ("verification, 1 row", f"{cost.verify_ms[0]:.2f} ms"),
             ("verification, rows over 1", relative),
         ]
     return rows
+
+
+def _draft_head_ms(cost: CostModel) -> str:
+    return "" if cost.draft_head_ms is None else f", of the draft {cost.draft_head_ms:.3f} ms"
 
 
 def score_name(plan: SkipPlan) -> str:

@@ -54,7 +54,8 @@ def speedup_bound(plan: SkipPlan, drafted: TurnMeasurement) -> float | None:
     cost, k, length = plan.cost, plan.num_speculative_tokens, drafted.mean_accepted_length
     if cost is None or length is None or len(cost.verify_ms) <= k:
         return None
-    draft_ms = len(plan.kept_layers) * cost.layer_ms + cost.head_ms
+    head_ms = cost.head_ms if cost.draft_head_ms is None else cost.draft_head_ms
+    draft_ms = len(plan.kept_layers) * cost.layer_ms + head_ms
     return length * cost.verify_ms[0] / (cost.verify_ms[k] + k * draft_ms)
 
 

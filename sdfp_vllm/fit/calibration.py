@@ -99,6 +99,44 @@ def load_calibration(
     )
 
 
+def count_tokens(
+    source: str | None,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    after: int,
+    length: int,
+    seed: int,
+    field: str = "text",
+    characters: int = 4 << 20,
+) -> Tensor:
+    """How often each token occurs in the source, int64 [vocab_size]: in up to `characters` of it.
+
+    Args:
+        after: Leaves out the text of the first `after` windows of `length` tokens that `load_calibration`
+            would read with this seed, so that nothing is judged on text it was counted in.
+
+    Raises:
+        SdfpError: If the source is missing or unreadable.
+    """
+    count, read, _ = _open(source, field)
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    left_out, batch, taken = after * length, [], 0
+    for piece in _shuffled_pieces(count, read, size=8 * length, rng=random.Random(seed)):
+        if left_out > 0:
+            left_out -= len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+            continue
+        batch.append(piece)
+        taken += len(piece)
+        if taken >= characters:
+            break
+    for start in range(0, len(batch), _POOL):
+        encoded = tokenizer(batch[start : start + _POOL], add_special_tokens=False, verbose=False)
+        ids = torch.tensor([i for row in encoded["input_ids"] for i in row], dtype=torch.int64)
+        counts += torch.bincount(ids, minlength=vocab_size)[:vocab_size]
+    return counts
+
+
 def _shuffled_pieces(
     count: int, read: Callable[[int], str], *, size: int, rng: random.Random
 ) -> Iterator[str]:

@@ -50,6 +50,7 @@ class MeasuredCost:
         device, dtype, threads: Where, in what, and with how many torch threads.
         bridge_ms: One bridge at one row; a keep set of n layers skips at most n + 1 runs, and as many
             bridges are reckoned with. A batch's rows are taken to cost no more.
+        draft_head: Time of the draft's head as a share of `head`, at any number of rows; 1 if it is full.
     """
 
     rows: list[int]
@@ -63,6 +64,7 @@ class MeasuredCost:
     round_overhead_ms: float = ROUND_OVERHEAD_MS
     draft_overhead_ms: float = DRAFT_OVERHEAD_MS
     bridge_ms: float = 0.0
+    draft_head: float = 1.0
 
     def forward_ms(self, layers: int, rows: int) -> float:
         """One forward through `layers` layers and the head; linear between and beyond measured rows."""
@@ -75,7 +77,8 @@ class MeasuredCost:
     def draft_ms(self, layers: int, batch: int = 1) -> float:
         """One draft step through `layers` layers and the head."""
         bridges = min(layers + 1, self.num_layers - layers) * self.bridge_ms
-        return self.forward_ms(layers, batch) + self.draft_overhead_ms + bridges
+        spared = (1.0 - self.draft_head) * self._at(self.head, batch)
+        return self.forward_ms(layers, batch) - spared + self.draft_overhead_ms + bridges
 
     def round_ms(self, layers: int, draft_tokens: int, batch: int = 1) -> float:
         """One round: `draft_tokens` draft steps through `layers` layers, then verification."""
@@ -91,6 +94,7 @@ class MeasuredCost:
         return CostModel(
             layer_ms=self.layer[0],
             head_ms=self.head[0],
+            draft_head_ms=None if self.draft_head == 1.0 else self.draft_head * self.head[0],
             verify_ms=[self.forward_ms(self.num_layers, m) for m in range(1, self.max_rows + 1)],
             draft_overhead_ms=self.draft_overhead_ms,
             round_overhead_ms=self.round_overhead_ms,

@@ -18,22 +18,24 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.fit.bridged_search import (
     VARIANTS,
-    BridgedChoice,
     BridgeRequest,
     check_bridge,
     search_bridged,
 )
-from sdfp_vllm.fit.calibration import Calibration, load_calibration
+from sdfp_vllm.fit.calibration import Calibration, count_tokens, load_calibration
 from sdfp_vllm.fit.cost import measure_cost
 from sdfp_vllm.fit.fisher import fisher_scores, layer_scores
 from sdfp_vllm.fit.fisher_sums import FisherSums
+from sdfp_vllm.fit.head import rank_tokens
+from sdfp_vllm.fit.head_search import RestrictedChoice, check_head, search_head
 from sdfp_vllm.fit.pacing import measure_pacing
 from sdfp_vllm.fit.progress import Stages, stages
-from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
+from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import MAX_TRIED, candidate_sizes, check_request
 from sdfp_vllm.fit.stack import DecoderStack, load_target
+from sdfp_vllm.head_file import pack_head
 from sdfp_vllm.pacing.record import Pacing
-from sdfp_vllm.plan import Bridges, LayerScore, Provenance, SkipPlan, default_plan_dir
+from sdfp_vllm.plan import Bridges, DraftHead, LayerScore, Provenance, SkipPlan, default_plan_dir
 from sdfp_vllm.ray_cluster import RayOptions
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer
@@ -55,6 +57,8 @@ class PlanOptions:
         score_form: "trace" or "diagonal".
         bridge: What stands in for skipped layers: "none", "bias", "affine", "low-rank", or "auto", the
             one of them that is predicted to be fastest.
+        head: Tokens whose logits the draft computes: "full", their number, or "auto", restricted where that
+            is predicted to be faster.
         ray: Score the layers on a Ray cluster; None scores them in this process.
     """
 
@@ -71,6 +75,7 @@ class PlanOptions:
     dtype: str = "auto"
     score_form: str = "trace"
     bridge: BridgeRequest = "none"
+    head: str = "auto"
     resume: bool = False
     ray: RayOptions | None = None
 
@@ -97,6 +102,7 @@ def make_plan(
     model_dir = resolve_model_dir(model)
     identity = fingerprint(model_dir)
     check_request(identity.num_layers, options.layers, options.draft_tokens)
+    check_head(options.head, identity.vocab_size)
     folder = _writable(out or default_plan_dir(identity))
     tokenizer = load_tokenizer(model_dir)
     # Text first: its errors are the user's to mend, and loading the weights may take minutes.
@@ -115,12 +121,17 @@ def make_plan(
             if sums
             else _scores(stack, calibration.ids, identity, folder, options, bar)
         )
-        found, pacing = _choose(stack, prompts.ids, scores, options, bar)
+        chosen, pacing = _choose(stack, prompts.ids, scores, tokenizer, identity.vocab_size, options, bar)
+    found = chosen.found
     choice, fitted = found.choice, found.fitted
     described: Literal["none"] | Bridges = "none"
     tensors = None
     if fitted.runs:
         described, tensors = pack_bridges(fitted.runs, fitted.bridges)
+    head: Literal["full"] | DraftHead = "full"
+    head_tokens = None
+    if chosen.tokens is not None:
+        head, head_tokens = pack_head(chosen.tokens, chosen.coverage)
     plan = SkipPlan(
         model=model,
         fingerprint=identity,
@@ -134,9 +145,10 @@ def make_plan(
         cost=found.cost_model(),
         pacing=pacing,
         bridges=described,
+        head=head,
         made=_provenance(calibration, options),
     )
-    plan.save(folder, tensors)
+    plan.save(folder, tensors, head_tokens)
     (folder / _CHECKPOINT).unlink(missing_ok=True)
     return plan
 
@@ -177,8 +189,14 @@ def _sums_on_ray(
 
 
 def _choose(
-    stack: DecoderStack, prompts: Tensor, scores: list[LayerScore], options: PlanOptions, bar: Stages
-) -> tuple[BridgedChoice, Pacing]:
+    stack: DecoderStack,
+    prompts: Tensor,
+    scores: list[LayerScore],
+    tokenizer: Any,
+    vocab_size: int,
+    options: PlanOptions,
+    bar: Stages,
+) -> tuple[RestrictedChoice, Pacing]:
     with bar.step("Target's own text", options.new_tokens) as advance:
         text = greedy_continuations(stack, prompts, options.new_tokens, advance)
     with bar.step("Costs on this machine", 1):
@@ -199,10 +217,57 @@ def _choose(
             draft_tokens=options.draft_tokens,
             advance=lambda news: advance(1, f"Trying drafts ({news})"),
         )
-    steps = options.draft_tokens or MAX_TRIED
+    with bar.step("Draft head", 1) as advance:
+        chosen = search_head(
+            check_head(options.head, vocab_size),
+            found,
+            rollout,
+            lambda: _ranking(stack, rest, tokenizer, vocab_size, options),
+            vocab_size,
+            draft_tokens=options.draft_tokens,
+            news=lambda line: advance(0, f"Draft head ({line})"),
+        )
     with bar.step("Confidence of the drafts", 1):
-        pacing = measure_pacing(rollout, found.choice.kept_layers, found.cost, steps, found.fitted.bridges)
-    return found, pacing
+        found = chosen.found
+        pacing = measure_pacing(
+            rollout,
+            found.choice.kept_layers,
+            found.cost,
+            options.draft_tokens or MAX_TRIED,
+            bridges=found.fitted.bridges,
+            tokens=chosen.tokens,
+        )
+    return chosen, pacing
+
+
+def _ranking(
+    stack: DecoderStack, own: Continuations | None, tokenizer: Any, vocab_size: int, options: PlanOptions
+) -> Tensor:
+    """Token ids by frequency in the calibration source and in text of the target, int64 [vocab_size].
+
+    Neither holds the prompts that drafts are tried on, or their continuations.
+    """
+    n = options.text_sequences
+    if own is None:
+        try:
+            prompts = _calibration(options, tokenizer, 2 * n, options.prompt, options.seed + 1).ids[n:]
+            own = greedy_continuations(stack, prompts, options.new_tokens)
+        except SdfpError:  # a short source has no more prompts: what it holds is counted all the same
+            pass
+    counts = [
+        count_tokens(
+            options.calibration,
+            tokenizer,
+            vocab_size=vocab_size,
+            after=2 * n,
+            length=options.prompt,
+            seed=options.seed + 1,
+            field=options.field,
+        )
+    ]
+    if own is not None:
+        counts.append(torch.bincount(own.written().cpu(), minlength=vocab_size)[:vocab_size])
+    return rank_tokens(counts, always=tokenizer.all_special_ids)
 
 
 def _check(options: PlanOptions) -> None:

@@ -24,11 +24,13 @@ def measure_pacing(
     cost: MeasuredCost,
     steps: int,
     bridges: Mapping[Run, Bridge] | None = None,
+    tokens: Tensor | None = None,
 ) -> Pacing:
     """Rolls `keep` out once more over the target's text, with the confidence of every draft.
 
     Args:
-        steps: Draft steps, and the longest draft that the engine will try.
+        steps: Draft steps, and as many positions whose acceptance is counted.
+        bridges, tokens: As in `DraftRollout.run`.
     """
     edges = torch.tensor(CONFIDENCE_EDGES)
     tried = torch.zeros(len(CONFIDENCE_EDGES) + 1)
@@ -39,16 +41,17 @@ def measure_pacing(
         tried.add_(torch.bincount(bins, minlength=len(tried)))
         accepted.add_(torch.bincount(bins, right.cpu().float(), minlength=len(tried)))
 
-    runs = rollout.run(keep, steps, bridges=bridges, watch=watch)
+    runs = rollout.run(keep, steps, bridges=bridges, watch=watch, tokens=tokens)
     mean = (accepted.sum() / tried.sum()).item()
     prior = torch.tensor(confidence_prior(mean))
     chances = (accepted + _PRIOR_WEIGHT * prior) / (tried + _PRIOR_WEIGHT)
+    overhead = cost.draft_overhead_ms
     return Pacing(
         rows=cost.rows,
         # More rows never cost less: where the clock says so it was disturbed.
         target_ms=list(accumulate((cost.forward_ms(cost.num_layers, m) for m in cost.rows), max)),
-        draft_ms=list(accumulate((cost.forward_ms(len(keep), m) for m in cost.rows), max)),
-        draft_overhead_ms=cost.draft_ms(len(keep)) - cost.forward_ms(len(keep), 1),
+        draft_ms=list(accumulate((cost.draft_ms(len(keep), m) - overhead for m in cost.rows), max)),
+        draft_overhead_ms=overhead,
         round_overhead_ms=cost.round_overhead_ms,
         acceptance=runs.rounds(steps).acceptance,
         confidence=chances.tolist(),

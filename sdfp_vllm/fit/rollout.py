@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.fit.bridged_stack import bridging
+from sdfp_vllm.fit.head import restricted_linear
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
@@ -43,6 +44,11 @@ class Continuations:
     ids: Tensor
     first: int
     ends: Tensor
+
+    def written(self) -> Tensor:
+        """The tokens that the target wrote, int64 [n]: what a draft has to propose."""
+        position = torch.arange(self.first, self.ids.shape[1], device=self.ids.device)
+        return self.ids[:, self.first :][position < self.ends.to(position)[:, None]]
 
     def split(self, count: int) -> tuple[Continuations, Continuations | None]:
         """The first `count` sequences, and the others (None: there are none)."""
@@ -99,7 +105,7 @@ class DraftRollout:
             for ids in text.ids:
                 prefill = FullPass()
                 position = torch.arange(len(ids), device=ids.device)
-                chosen.append(self._argmax(self._hidden(ids, position, prefill)))
+                chosen.append(self._argmax(self._hidden(ids, position, prefill), stack.head))
                 self.full.append(prefill)
                 if advance:
                     advance(1)
@@ -113,11 +119,13 @@ class DraftRollout:
         proceed: Callable[[AcceptedRuns], bool] = lambda runs: True,
         bridges: Mapping[Run, Bridge] | None = None,
         watch: Callable[[Tensor, Tensor], None] | None = None,
+        tokens: Tensor | None = None,
     ) -> AcceptedRuns:
         """Drafts up to `steps` tokens from every start position with the layers in `keep`.
 
         Args:
             bridges: Over runs of skipped layers, as the engine has them.
+            tokens: int64 [M], ascending, all that the draft's head can propose; None for the full head.
             proceed: Asked after each step but the last with the result so far; False stops early.
             watch: Called after each step with each row's confidence (its largest probability), float [R], and
                 whether its draft was right, bool [R].
@@ -129,15 +137,16 @@ class DraftRollout:
         lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
         runs = AcceptedRuns(lengths, (text.ends - text.first).cpu(), 0)
         rows = self._all_rows()
+        head = self.stack.head if tokens is None else restricted_linear(self.stack, tokens)
         with bridging(self.stack, keep, bridges), rollout_attention(self.stack):
             for j in range(steps):
                 rows = rows.select(rows.start + j < text.ends[rows.sequence])
                 if len(rows.start):
                     position = rows.start + j
                     hidden = self._hidden(text.ids[rows.sequence, position], position, rows)
-                    right = self._argmax(hidden) == self.target[rows.sequence, position]
+                    right = self._argmax(hidden, head, tokens) == self.target[rows.sequence, position]
                     if watch:
-                        watch(self._confidence(hidden), right)
+                        watch(_confidence(head, hidden), right)
                     rows = rows.select(right)
                     lengths[rows.sequence.cpu(), (rows.start - text.first).cpu()] += 1
                 runs = AcceptedRuns(lengths, runs.ends, j + 1)
@@ -158,9 +167,13 @@ class DraftRollout:
             input_ids=ids[None], position_ids=position[None], use_cache=False, rollout=state
         ).last_hidden_state[0]
 
-    def _argmax(self, hidden: Tensor) -> Tensor:
-        return torch.cat([self.stack.head(rows).argmax(-1) for rows in hidden.split(_HEAD_ROWS)])
+    def _argmax(self, hidden: Tensor, head: nn.Module, tokens: Tensor | None = None) -> Tensor:
+        """Ids that `head` chooses, int64 [R]; its rows are `tokens`, or all."""
+        rows = torch.cat([head(part).argmax(-1) for part in hidden.split(_HEAD_ROWS)])
+        return rows if tokens is None else tokens.to(rows.device)[rows]
 
-    def _confidence(self, hidden: Tensor) -> Tensor:
-        logits = (self.stack.head(rows).float() for rows in hidden.split(_HEAD_ROWS))
-        return torch.cat([(rows.amax(-1) - rows.logsumexp(-1)).exp() for rows in logits])
+
+def _confidence(head: nn.Module, hidden: Tensor) -> Tensor:
+    """The largest probability of each row, [R]; logits as the head gives them, without scale and soft cap."""
+    logits = (head(rows).float() for rows in hidden.split(_HEAD_ROWS))
+    return torch.cat([(rows.amax(-1) - rows.logsumexp(-1)).exp() for rows in logits])

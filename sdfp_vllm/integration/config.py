@@ -54,6 +54,8 @@ class SdfpConfig(SpeculativeConfig):
     """Decoder layers of the target that draft, ascending."""
     bridges_sha256: str = ""
     """Hash of the bridge tensors beside the plan, which every worker reads there; empty for none."""
+    head_sha256: str = ""
+    """The same for the tokens of a restricted draft head; empty for the full one."""
     pacing: dict[str, Any] | None = None
     """The plan's `Pacing`, where draft lengths follow the traffic; None where they are fixed."""
     ngram: bool = False
@@ -83,8 +85,8 @@ class SdfpConfig(SpeculativeConfig):
         return 0  # no draft prefill: nothing is fed beyond what the target verifies
 
     def compute_hash(self) -> str:
-        """Adds keep set and bridges: vLLM keys compiled graphs by this, and others are another graph."""
-        factors = f"{super().compute_hash()} sdfp {self.kept_layers} {self.bridges_sha256}"
+        """Adds keep set, bridges and head: vLLM keys compiled graphs by this, and others are another graph."""
+        factors = f"{super().compute_hash()} sdfp {self.kept_layers} {self.bridges_sha256} {self.head_sha256}"
         return hashlib.sha256(factors.encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -140,6 +142,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
         return SdfpConfig(
             kept_layers=list(plan.kept_layers),
             bridges_sha256="" if plan.bridges == "none" else plan.bridges.sha256,
+            head_sha256="" if plan.head == "full" else plan.head.sha256,
             pacing=plan.pacing.model_dump(mode="json") if adaptive and plan.pacing else None,
             target_model_config=model_config,
             target_parallel_config=parallel_config,

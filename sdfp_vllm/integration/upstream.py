@@ -20,6 +20,8 @@ try:
     from vllm.logger import init_logger
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
@@ -47,6 +49,8 @@ __all__ = [
     "SamplingMetadata",
     "SpeculativeConfig",
     "UniformTypeKVCacheSpecs",
+    "UnquantizedEmbeddingMethod",
+    "UnquantizedLinearMethod",
     "VllmConfig",
     "config",
     "current_platform",

@@ -1,4 +1,7 @@
-"""The draft: the target's own embedding, kept layers, final norm and head. No weight is copied."""
+"""The draft: the target's own embedding, kept layers, final norm and head.
+
+No weight is copied, but for the rows of a head that the plan restricts (`head.py`).
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,7 @@ class SkipDraftModel(nn.Module):
 
     Args:
         bridges: By (first, last) dropped layer; on the target's device, in its dtype.
+        head: Stands in for the target's `compute_logits`.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class SkipDraftModel(nn.Module):
         target: Any,
         kept_layers: Sequence[int],
         bridges: Mapping[tuple[int, int], Bridge] | None = None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__()
         decoder = decoder_of(target)
@@ -73,7 +78,7 @@ class SkipDraftModel(nn.Module):
         if len(decoder.layers) in into:
             *before, self.norm = entered_through(into[len(decoder.layers)], decoder.norm)
             self.kept.extend(before)
-        self._head: Callable[[torch.Tensor], torch.Tensor] = target.compute_logits
+        self._head: Callable[[torch.Tensor], torch.Tensor] = head or target.compute_logits
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Maps int32 `input_ids` [T] at int64 `positions` [T] to final hidden states [T, hidden]."""
@@ -84,5 +89,5 @@ class SkipDraftModel(nn.Module):
         return self.norm(hidden) if residual is None else self.norm(hidden, residual)[0]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The target's head, with its scaling and soft cap: [T, hidden] -> [T, vocab]."""
+        """The target's head, with its scaling and soft cap: [T, hidden] -> [T, vocab]; -inf for what it lacks."""
         return self._head(hidden)

@@ -6,6 +6,7 @@ from torch import nn
 
 from sdfp_vllm.bridge_file import bridges_at
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.head_file import head_at
 from sdfp_vllm.integration.upstream import (
     AttentionLayerBase,
     VllmConfig,
@@ -14,6 +15,7 @@ from sdfp_vllm.integration.upstream import (
     set_model_tag,
 )
 from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
+from sdfp_vllm.runtime.head import restricted_head
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -21,12 +23,12 @@ logger = init_logger(f"vllm.{__name__}")
 def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftModel, set[str]]:
     """Returns the draft over `target`'s own modules, and the names of the attention layers it runs.
 
-    Allocates no weight but the plan's bridges. Keep set and bridges come from
-    `vllm_config.speculative_config`, an SdfpConfig.
+    Allocates no weight but the plan's bridges and the rows of a restricted head. Keep set, bridges and head
+    come from `vllm_config.speculative_config`, an SdfpConfig.
 
     Raises:
         SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V, or
-            the bridges are no longer those the engine was started with.
+            the bridges or the head are no longer those the engine was started with.
     """
     config = vllm_config.speculative_config
     kept: list[int] = config.kept_layers  # type: ignore[union-attr]
@@ -58,10 +60,14 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
         run: bridge.to(device=device, dtype=dtype)  # type: ignore[arg-type]
         for run, bridge in bridges_at(str(config.model), config.bridges_sha256).items()  # type: ignore[union-attr]
     }
+    tokens = head_at(str(config.model), config.head_sha256)  # type: ignore[union-attr]
+    head = None if tokens is None else restricted_head(target, tokens)
     with set_model_tag("sdfp_draft"):
         draft = SkipDraftModel(
-            vllm_config=vllm_config, prefix="", target=target, kept_layers=kept, bridges=bridges
+            vllm_config=vllm_config, prefix="", target=target, kept_layers=kept, bridges=bridges, head=head
         )
+    if head is not None:
+        logger.info("Its head computes %d of %d logits", len(head.tokens), head.vocab_size)
     logger.info(
         "SDFP drafts %d tokens a round with %d of %d layers and %d bridges: %s",
         config.num_speculative_tokens,  # type: ignore[union-attr]

@@ -50,13 +50,13 @@ def _draft_logits_one_by_one(stack: DecoderStack, ids: torch.Tensor, start: int)
 class _Recording(DraftRollout):
     """Keeps each step's logits by (sequence, start), and drops no row."""
 
-    def _argmax(self, hidden):
+    def _argmax(self, hidden, *head):
         if hasattr(self, "target"):
             self.seen.append(self.stack.head(hidden))
             step = len(self.seen) - 1
             starts = torch.arange(self.text.first, self.text.ids.shape[1] - step)
             return self.target[:, starts + step].flatten()
-        return super()._argmax(hidden)
+        return super()._argmax(hidden, *head)
 
 
 def test_every_draft_step_equals_drafting_one_token_at_a_time(stack):

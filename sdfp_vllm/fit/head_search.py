@@ -1,0 +1,184 @@
+"""The search for the draft's head, after the search for the layers: restricted where that is predicted to pay.
+
+A smaller head makes a draft step cheaper and some drafts wrong. What it does to acceptance is rolled out
+on the text the keep sets were tried on, which no token was counted in; what it saves is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.bridged_search import BridgedChoice
+from sdfp_vllm.fit.cost import MeasuredCost
+from sdfp_vllm.fit.head import head_sizes, measure_heads
+from sdfp_vllm.fit.rollout import DraftRollout
+from sdfp_vllm.fit.rounds import AcceptedRuns
+from sdfp_vllm.fit.search import MAX_TRIED, WORTHWHILE, _by_batch, _candidate, _could_win
+from sdfp_vllm.plan import Candidate, Prediction
+
+# What a restricted head must add to the predicted speed: below it the gain is within the prediction's error.
+MARGIN = 1.02
+HeadRequest = str | int  # "auto", "full", or the number of tokens
+
+
+@dataclass(frozen=True)
+class RestrictedChoice:
+    """The tokens chosen (None: all), their share of the target's text, and the search's result with them."""
+
+    found: BridgedChoice
+    tokens: Tensor | None = None
+    coverage: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A keep set with a head, before its rollout: `estimate` is its speedup if the two err independently."""
+
+    estimate: float
+    candidate: Candidate
+    tokens: Tensor
+    coverage: float
+    cost: MeasuredCost
+
+
+def search_head(
+    request: HeadRequest,
+    found: BridgedChoice,
+    rollout: DraftRollout,
+    ranking: Callable[[], Tensor],
+    vocab_size: int,
+    *,
+    draft_tokens: int | None = None,
+    news: Callable[[str], None] = lambda line: None,
+) -> RestrictedChoice:
+    """Returns `found` with the head asked for.
+
+    "auto" first asks what a head that costs nothing and loses nothing would bring; only where that is
+    MARGIN and more are tokens counted and heads tried, best estimate first, until no estimate beats the
+    best so far. A number is taken even where it is slower.
+
+    Args:
+        ranking: Counts: all ids, the most frequent first, int64 [V].
+        draft_tokens: Fixes the draft length.
+        news: Called with a line after each rollout.
+    """
+    if request == "full":
+        return RestrictedChoice(found)
+    lengths = list(range(1, MAX_TRIED + 1)) if draft_tokens is None else [draft_tokens]
+    # Bridges exist for the chosen keep set alone.
+    curve = [c for c in found.choice.curve if not found.fitted.runs or _is_chosen(c, found)]
+    bar = 0.0
+    sizes = [request] if isinstance(request, int) else head_sizes(vocab_size)
+    if request == "auto":
+        bar = found.choice.prediction.speedup * MARGIN
+        free = replace(found.cost, draft_head=0.0)
+        if not sizes or max(_estimate(c, free, lengths) for c in curve) <= bar:
+            return RestrictedChoice(found)
+    ranked = ranking()
+    options = [o for o in _options(found, curve, rollout, ranked, sizes, lengths) if o.estimate > bar]
+    best = RestrictedChoice(found)
+    for option in sorted(options, key=lambda o: -o.estimate):
+        if option.estimate <= bar:
+            break
+        layers = len(option.candidate.kept_layers)
+        runs = rollout.run(
+            option.candidate.kept_layers,
+            lengths[-1],
+            proceed=_could_win(option.cost, layers, lengths, bar),
+            bridges=found.fitted.bridges,
+            tokens=option.tokens,
+        )
+        reached = [k for k in lengths if k <= runs.steps]
+        if not reached:
+            continue  # a length that the user fixed, and that could not win
+        speedups = {k: option.cost.speedup(layers, k, runs.rounds(k).mean_accepted_length) for k in reached}
+        k = max(reached, key=speedups.__getitem__)
+        speedup = speedups[k]
+        if speedup > bar:
+            bar, best = speedup, _chosen(found, option, runs, k, speedup, fixed=draft_tokens is not None)
+            news(f"{len(option.tokens)} tokens: {speedup:.2f}x")
+    return best
+
+
+def _options(
+    found: BridgedChoice,
+    curve: Sequence[Candidate],
+    rollout: DraftRollout,
+    ranking: Tensor,
+    sizes: Sequence[int],
+    lengths: list[int],
+) -> list[_Option]:
+    shares = measure_heads(rollout.stack, ranking, sizes)
+    written = rollout.text.written().cpu()
+    options = []
+    for size in sizes:
+        tokens = ranking[:size].sort().values
+        coverage = torch.isin(written, tokens).double().mean().item()
+        cost = replace(found.cost, draft_head=shares[size])
+        options += [_Option(_estimate(c, cost, lengths, coverage), c, tokens, coverage, cost) for c in curve]
+    return options
+
+
+def _estimate(candidate: Candidate, cost: MeasuredCost, lengths: list[int], coverage: float = 1.0) -> float:
+    """Best speedup over draft lengths at this cost, a token being accepted as before times `coverage`.
+
+    Beyond the draft tokens that were rolled out, acceptance is taken to stay what it was for the last.
+    """
+    rates = [a * coverage for a in candidate.acceptance]
+    rates += [rates[-1]] * (lengths[-1] - len(rates))
+    reached = list(accumulate(rates, mul))
+    return max(cost.speedup(len(candidate.kept_layers), k, 1.0 + sum(reached[:k])) for k in lengths)
+
+
+def _chosen(
+    found: BridgedChoice, option: _Option, runs: AcceptedRuns, k: int, speedup: float, fixed: bool
+) -> RestrictedChoice:
+    """The choice that serves the option; its keep set's point on the curve is the one with its head."""
+    candidate = _candidate(option.candidate.kept_layers, runs, option.cost)
+    rounds = runs.rounds(k)
+    choice = replace(
+        found.choice,
+        kept_layers=option.candidate.kept_layers,
+        draft_tokens=k,
+        prediction=Prediction(
+            acceptance_rate=rounds.acceptance_rate,
+            mean_accepted_length=rounds.mean_accepted_length,
+            speedup=speedup,
+        ),
+        worthwhile=speedup > WORTHWHILE,
+        curve=[candidate if c is option.candidate else c for c in found.choice.curve],
+        by_batch=[] if fixed else _by_batch(len(candidate.kept_layers), k, runs, option.cost),
+    )
+    return RestrictedChoice(replace(found, choice=choice, cost=option.cost), option.tokens, option.coverage)
+
+
+def _is_chosen(candidate: Candidate, found: BridgedChoice) -> bool:
+    return candidate.kept_layers == found.choice.kept_layers
+
+
+def check_head(request: str, vocab_size: int) -> HeadRequest:
+    """Parses `--head`; needs no weights.
+
+    Raises:
+        SdfpError: Unless it is auto, full, or a number of tokens below the vocabulary's.
+    """
+    if request in ("auto", "full"):
+        return request
+    try:
+        tokens = int(request)
+    except ValueError:
+        tokens = 0
+    if not 1 <= tokens < vocab_size:
+        raise SdfpError(
+            "--head",
+            f"{request!r} is no head of a model with {vocab_size} tokens",
+            f"Use auto, full, or a number of tokens from 1 to {vocab_size - 1}.",
+        )
+    return tokens

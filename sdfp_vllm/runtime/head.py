@@ -1,0 +1,153 @@
+"""The draft's head over a part of the vocabulary: the target's own rows, gathered once.
+
+Nothing of the target's head is written anew. What computes the logits is a twin of the target in which
+the head's module alone is replaced, by one that holds the wanted rows, so that scaling, soft cap, bias
+and head dtype are the target's own code. Whether that code does with the rows what it does with the
+whole is checked on a row of hidden states at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdfp_vllm.integration.upstream import (
+    UnquantizedEmbeddingMethod,
+    UnquantizedLinearMethod,
+    init_logger,
+)
+
+logger = init_logger(f"vllm.{__name__}")
+
+# Where vLLM's models keep the module whose rows are the vocabulary; tried in this order.
+_PLACES = (("lm_head",), ("model", "embed_tokens"))
+# Kernels round differently over other numbers of rows; a scale or a cap that is missing differs by more.
+_TOLERANCE = 0.02
+
+Head = Callable[[Tensor], Tensor]
+
+
+class _Rows(nn.Module):
+    """Rows of a vocabulary-parallel head, called by the target's logits processor like the head itself."""
+
+    def __init__(self, head: Any, rows: Tensor):
+        super().__init__()
+        self.tp_size = head.tp_size
+        self.weight = nn.Parameter(head.weight.detach()[rows], requires_grad=False)
+        bias = getattr(head, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows], requires_grad=False)
+        self.quant_method = UnquantizedEmbeddingMethod()
+        self.quant_method.process_weights_after_loading(self)  # on a CPU: packs the rows for its fast product
+
+
+class RestrictedHead:
+    """The head over M tokens: full-width logits, -inf for every other token.
+
+    Args:
+        compute: Maps [T, hidden] to the logits of the gathered rows of all ranks, [T, N].
+        columns: int64 [M], where among the N the tokens are; None if they are just these, in order.
+        tokens: int64 [M], ascending.
+        vocab_size: Width of the logits.
+    """
+
+    def __init__(self, compute: Head, columns: Tensor | None, tokens: Tensor, vocab_size: int):
+        self._compute, self._columns = compute, columns
+        self.tokens, self.vocab_size = tokens, vocab_size
+
+    def gathered(self, hidden: Tensor) -> Tensor:
+        """[T, hidden] -> logits of the tokens, [T, M]."""
+        logits = self._compute(hidden)
+        return logits if self._columns is None else logits[:, self._columns]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[T, hidden] -> [T, vocab_size]; a new tensor, which the sampler may overwrite."""
+        logits = self.gathered(hidden)
+        full = logits.new_full((len(logits), self.vocab_size), -torch.inf)
+        return full.index_copy_(1, self.tokens, logits)
+
+
+@torch.inference_mode()
+def restricted_head(target: Any, tokens: Tensor) -> RestrictedHead | None:
+    """Gathers the head's rows of `tokens`, int64 [M] ascending; None, with the reason logged, if it cannot be done.
+
+    Without it the draft uses the full head, which is always right. Every tensor-parallel rank must call this.
+    """
+    model = target.get_language_model() if hasattr(target, "get_language_model") else target
+    reason = "its head was not found at " + " or ".join(".".join(place) for place in _PLACES)
+    for place in _PLACES:
+        head = _at(model, place)
+        if getattr(head, "weight", None) is None:
+            continue
+        if not isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
+            reason = f"its head is quantised ({type(head.quant_method).__name__})"
+            break
+        tokens = tokens.to(head.weight.device)
+        rows, columns, gathered = _shares(head, tokens)
+        if gathered > head.org_vocab_size:
+            reason = "its tokens lie too unevenly over the tensor-parallel ranks"
+            break
+        twin = _with(model, place, _Rows(head, rows))
+        row = torch.randn(1, head.weight.shape[1], dtype=_dtype(model), device=head.weight.device)
+        whole, part = target.compute_logits(row), twin.compute_logits(row)
+        if part.shape[1] != gathered:
+            continue  # this module is not the one that computes the logits
+        made = RestrictedHead(twin.compute_logits, columns, tokens, whole.shape[1])
+        if (made.gathered(row) - whole[:, tokens]).abs().max() <= _TOLERANCE * whole.abs().max():
+            return made
+        reason = "its logits are computed in a way that rows of the head do not reproduce"
+    logger.warning(
+        "SDFP drafts with the full head of %s, not with the plan's %d tokens: %s. Output does not change, "
+        "drafting costs more than the plan reckons with.",
+        type(target).__name__,
+        len(tokens),
+        reason,
+    )
+    return None
+
+
+def _shares(head: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """This rank's rows, int64 [N / ranks]; where the tokens are among all ranks' rows (None: in order); and N.
+
+    Each rank holds a stretch of the vocabulary. Ranks gather equally many logits, so those with fewer
+    tokens repeat their first row.
+    """
+    if head.tp_size == 1:
+        return tokens, None, len(tokens)
+    stretch = head.shard_indices.num_org_elements_padded
+    rank = head.shard_indices.padded_org_vocab_start_index // stretch
+    owner = tokens // stretch
+    counts = torch.bincount(owner, minlength=head.tp_size)
+    widest = int(counts.max())
+    rows = torch.zeros(widest, dtype=torch.int64, device=tokens.device)
+    own = tokens[owner == rank] - rank * stretch
+    rows[: len(own)] = own
+    first = counts.cumsum(0) - counts
+    columns = owner * widest + torch.arange(len(tokens), device=tokens.device) - first[owner]
+    return rows, columns, widest * head.tp_size
+
+
+def _at(model: nn.Module, place: tuple[str, ...]) -> Any:
+    """The submodule at `place`, or None."""
+    for name in place:
+        model = getattr(model, name, None)  # type: ignore[assignment]
+    return model
+
+
+def _with(model: nn.Module, place: tuple[str, ...], module: nn.Module) -> Any:
+    """A twin of `model` that shares everything with it but the submodule at `place`."""
+    name, *rest = place
+    twin = object.__new__(type(model))
+    twin.__dict__.update(model.__dict__)
+    old = model._modules[name]
+    assert old is not None
+    new = _with(old, tuple(rest), module) if rest else module
+    twin.__dict__["_modules"] = {**model._modules, name: new}
+    return twin
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of hidden states: a head may be kept in another one."""
+    return next(model.model.parameters()).dtype  # type: ignore[union-attr]
