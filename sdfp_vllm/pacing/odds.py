@@ -52,10 +52,20 @@ class PositionOdds:
         self._plan = [*plan, *[plan[-1]] * positions][: max(positions, 1)]
         self._accepted, self._tried = [0.0] * len(self._plan), [0.0] * len(self._plan)
         self._weight, self._fade = weight, 1.0 - 1.0 / memory
-        self._now = list(self._plan)
+        self._now: list[float] | None = list(self._plan)
 
     def __getitem__(self, position: int) -> float:
+        if self._now is None:
+            self._now = self._chances()
         return self._now[min(position, len(self._now) - 1)]
+
+    def _chances(self) -> list[float]:
+        expected = sum(t * p for t, p in zip(self._tried, self._plan, strict=True))
+        scale = (sum(self._accepted) + self._weight) / (expected + self._weight)
+        return [
+            (a + self._weight * min(scale * p, 1.0)) / (t + self._weight)
+            for a, t, p in zip(self._accepted, self._tried, self._plan, strict=True)
+        ]
 
     def observe(self, accepted: int, tried: int) -> None:
         """Learns from a request whose first `accepted` of `tried` drafts were accepted."""
@@ -65,12 +75,7 @@ class PositionOdds:
             reached = j < tried and j <= accepted
             self._accepted[j] = self._accepted[j] * self._fade + (j < accepted)
             self._tried[j] = self._tried[j] * self._fade + reached
-        expected = sum(t * p for t, p in zip(self._tried, self._plan, strict=True))
-        scale = (sum(self._accepted) + self._weight) / (expected + self._weight)
-        self._now = [
-            (a + self._weight * min(scale * p, 1.0)) / (t + self._weight)
-            for a, t, p in zip(self._accepted, self._tried, self._plan, strict=True)
-        ]
+        self._now = None
 
 
 class Average:

@@ -237,7 +237,7 @@ def test_positions_never_reached_follow_those_that_are_and_forget_what_they_knew
     assert odds[0] < 0.05 and odds[1] < 0.12  # scaled with the first
     for _ in range(1000):
         odds.observe(1, 1)
-    assert odds[0] > 0.95 and 0.8 < odds[3] < 0.9  # the plan's 0.6, scaled; the bad time is forgotten
+    assert odds[0] > 0.95 and 0.7 < odds[3] < 0.75  # the plan's 0.6, scaled; the bad time is forgotten
 
 
 def test_an_average_is_a_sum_over_a_count():
