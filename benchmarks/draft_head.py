@@ -9,6 +9,8 @@ the engine are those that serve the model. Acceptance on a real model is for `sd
 
 One engine, batch 1, greedy, one thread; every head takes its turn in each repeat. Plain vLLM runs before
 and after. Times are medians over rounds; speed is the tokens of the decode phase over its seconds.
+In bfloat16 a product over five rows rounds otherwise than one over one row, so that verification may turn a
+near-tie: with any head alike, answers are not always plain vLLM's. Tests compare them in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 KEEP, DRAFT_TOKENS = [0, 9, 18, 27], 4
 SCALE, SKEW = 0.03, 0.07
 FRACTIONS = (1, 2, 4, 8, 16, 32)  # full head, half, ...
-PROMPTS, PROMPT, NEW = 3, 32, 64
+PROMPTS, PROMPT, NEW = 2, 32, 48
 ENGINE: dict[str, Any] = dict(
     dtype="bfloat16",
     max_model_len=256,
@@ -123,8 +125,9 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
     plain: list[float] = []
     with running(model) as llm:
         generate(llm)
-        plain += [generate(llm)[1] for _ in range(repeats)]
-        want = generate(llm)[0]
+        for _ in range(repeats):
+            want, ms = generate(llm)
+            plain.append(ms)
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(str(model), Path(folder), KEEP, k=DRAFT_TOKENS)
         rows: dict[int, dict[str, Any]] = {}
@@ -229,7 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/draft_head.json"))
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--model", type=Path, help="where the random checkpoint is kept (default: removed)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     asked = parser.parse_args()
     os.environ |= {
         "OMP_NUM_THREADS": "1",

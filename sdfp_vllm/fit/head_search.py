@@ -82,7 +82,7 @@ def search_head(
         if not sizes or max(_estimate(c, free, lengths) for c in curve) <= bar:
             return RestrictedChoice(found)
     ranked = ranking()
-    options = [o for o in _options(found, curve, rollout, ranked, sizes, lengths) if o.estimate > bar]
+    options = _options(found, curve, rollout, ranked, sizes, lengths)
     best = RestrictedChoice(found)
     for option in sorted(options, key=lambda o: -o.estimate):
         if option.estimate <= bar:
