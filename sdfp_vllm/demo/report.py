@@ -45,12 +45,14 @@ class Comparison:
 def speedup_bound(plan: SkipPlan, tokens_per_round: float) -> float | None:
     """tokens_per_round * T_verify(1) / (T_verify(k + 1) + k * T_draft); None for a plan without costs.
 
-    T_draft is the kept layers' and the head's time. Overheads of the engine and of drafting count as zero.
+    T_draft is the kept layers' (and single branches') and the head's time. Overheads of the engine and of drafting count as zero.
     """
     cost, k = plan.cost, plan.num_speculative_tokens
     if cost is None or len(cost.verify_ms) <= k:
         return None
     draft_ms = len(plan.kept_layers) * cost.layer_ms + cost.head_ms
+    draft_ms += len(plan.kept_attention) * (cost.attention_ms or 0.0)
+    draft_ms += len(plan.kept_mlp) * (cost.mlp_ms or 0.0)
     return tokens_per_round * cost.verify_ms[0] / (cost.verify_ms[k] + k * draft_ms)
 
 
