@@ -13,7 +13,7 @@ Rows whose draft was wrong leave after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from sdfp_vllm.fit.bridged_stack import bridging
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.keep import KeepSet
 
 _HEAD_ROWS = 256  # rows of logits alive at once: a large vocabulary times all rows would not fit
 
@@ -108,19 +109,20 @@ class DraftRollout:
     @torch.no_grad()
     def run(
         self,
-        keep: Sequence[int],
+        keep: KeepSet | Iterable[int],
         steps: int,
         proceed: Callable[[AcceptedRuns], bool] = lambda runs: True,
         bridges: Mapping[Run, Bridge] | None = None,
     ) -> AcceptedRuns:
-        """Drafts up to `steps` tokens from every start position with the layers in `keep`.
+        """Drafts up to `steps` tokens from every start position with what is in `keep`.
 
         Args:
+            keep: A keep set, or the layers that are kept whole.
             bridges: Over runs of skipped layers, as the engine has them.
             proceed: Asked after each step but the last with the result so far; False stops early.
 
         Raises:
-            SdfpError: If `keep` is not an ascending list of layers.
+            SdfpError: If `keep` is not ascending or names layers that are not there.
         """
         text = self.text
         lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
