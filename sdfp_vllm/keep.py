@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-
 Branch = Literal["attention", "mlp"]
 # Where a layer's branches are known to both sides: `input_layernorm` feeds attention,
 # `post_attention_layernorm` the MLP, and nothing else touches the residual stream.

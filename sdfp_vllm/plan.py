@@ -191,8 +191,9 @@ class SkipPlan(_Strict):
     @model_validator(mode="after")
     def _layers_exist(self) -> SkipPlan:
         n = self.fingerprint.num_layers
-        for name, keeps in [("", self), *((f"curve[{i}].", c) for i, c in enumerate(self.curve))]:
-            if problem := keeps.keep.problem(n):
+        named = [("", self.keep), *((f"curve[{i}].", c.keep) for i, c in enumerate(self.curve))]
+        for name, keep in named:
+            if problem := keep.problem(n):
                 raise ValueError(name + problem)
         architecture = self.fingerprint.architecture
         if self.keep.partial and architecture not in SUBLAYER_ARCHITECTURES:

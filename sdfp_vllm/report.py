@@ -149,7 +149,9 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
     if cost:
         branch_costs = []
         if cost.attention_ms is not None and cost.mlp_ms is not None:
-            branch_costs = [("of a layer: attention, MLP", f"{cost.attention_ms:.3f} ms, {cost.mlp_ms:.3f} ms")]
+            branch_costs = [
+                ("of a layer: attention, MLP", f"{cost.attention_ms:.3f} ms, {cost.mlp_ms:.3f} ms")
+            ]
         relative = " ".join(f"{v / cost.verify_ms[0]:.2f}" for v in cost.verify_ms)
         rows += [
             ("measured on", f"{cost.device}, {cost.dtype}, {cost.threads} threads"),
@@ -192,7 +194,11 @@ def draw_png(plan: SkipPlan, path: Path) -> None:
     left.plot(numbers, attention, "k_", label="of attention alone")
     if any(v > 0 for v in total):
         left.set_yscale("log")
-    left.set(title="FIT score by layer (green: kept, pale: one branch)", xlabel="layer", ylabel=name.replace("_", " "))
+    left.set(
+        title="FIT score by layer (green: kept, pale: one branch)",
+        xlabel="layer",
+        ylabel=name.replace("_", " "),
+    )
     left.legend()
     for k in range(1, max((len(c.speedup) for c in plan.curve), default=1)):
         points = sorted((c.keep.size, c.speedup[k]) for c in plan.curve if k < len(c.speedup))

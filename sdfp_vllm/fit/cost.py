@@ -73,7 +73,9 @@ class MeasuredCost:
         Linear between and beyond measured rows.
         """
         layers, attention, mlp = (kept, 0, 0) if isinstance(kept, int) else map(len, astuple(kept))
-        parts = (layers + mlp) * self._at(self.layer, rows) + (attention - mlp) * self._at(self.attention, rows)
+        parts = (layers + mlp) * self._at(self.layer, rows) + (attention - mlp) * self._at(
+            self.attention, rows
+        )
         return parts + self._at(self.head, rows)
 
     def plain_ms(self, batch: int = 1) -> float:
@@ -172,7 +174,9 @@ def measure_cost(
     best = {name: [min(by_rows[m]) for m in rows] for name, by_rows in times.items()}
     return MeasuredCost(
         rows=rows,
-        **best,
+        layer=best["layer"],
+        attention=best["attention"],
+        head=best["head"],
         num_layers=stack.num_layers,
         max_rows=max_rows,
         device=_device_name(weight.device),
@@ -204,7 +208,10 @@ def _sample(stack: DecoderStack) -> list[int]:
 def _attention_parts(stack: DecoderStack, i: int, context: int) -> list[Part]:
     layer: Any = stack.layers[i]
     linears = [m for m in layer.self_attn.modules() if isinstance(m, nn.Linear)]
-    return [*(_reshaped(engine_linear(m), m.in_features) for m in linears), _attention_part(stack, i, context)]
+    return [
+        *(_reshaped(engine_linear(m), m.in_features) for m in linears),
+        _attention_part(stack, i, context),
+    ]
 
 
 def _mlp_parts(stack: DecoderStack, i: int) -> list[Part]:

@@ -100,7 +100,7 @@ class DraftRollout:
             for ids in text.ids:
                 prefill = FullPass()
                 position = torch.arange(len(ids), device=ids.device)
-                chosen.append(self._argmax(self._hidden(ids, position, prefill)))
+                chosen.append(self._argmax(self.hidden(ids, position, prefill)))
                 self.full.append(prefill)
                 if advance:
                     advance(1)
@@ -127,13 +127,13 @@ class DraftRollout:
         text = self.text
         lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
         runs = AcceptedRuns(lengths, (text.ends - text.first).cpu(), 0)
-        rows = self._all_rows()
+        rows = self.all_rows()
         with bridging(self.stack, keep, bridges), rollout_attention(self.stack):
             for j in range(steps):
                 rows = rows.select(rows.start + j < text.ends[rows.sequence])
                 if len(rows.start):
                     position = rows.start + j
-                    draft = self._argmax(self._hidden(text.ids[rows.sequence, position], position, rows))
+                    draft = self._argmax(self.hidden(text.ids[rows.sequence, position], position, rows))
                     rows = rows.select(draft == self.target[rows.sequence, position])
                     lengths[rows.sequence.cpu(), (rows.start - text.first).cpu()] += 1
                 runs = AcceptedRuns(lengths, runs.ends, j + 1)
@@ -141,13 +141,14 @@ class DraftRollout:
                     break
         return runs
 
-    def _all_rows(self) -> DraftRows:
+    def all_rows(self) -> DraftRows:
+        """A draft at its first step, from every start position of the text."""
         count, length = self.text.ids.shape
         start = torch.arange(self.text.first, length, device=self.text.ids.device)
         sequence = torch.arange(count, device=start.device).repeat_interleave(len(start))
         return DraftRows(self.full, sequence, start.repeat(count))
 
-    def _hidden(self, ids: Tensor, position: Tensor, state: FullPass | DraftRows) -> Tensor:
+    def hidden(self, ids: Tensor, position: Tensor, state: FullPass | DraftRows) -> Tensor:
         """Final hidden states [R, hidden] of R rows, int64 ids and positions [R]."""
         inner = self.stack.model.model
         return inner(

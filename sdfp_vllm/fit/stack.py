@@ -154,7 +154,8 @@ class DecoderStack:
             raise SdfpError("keep", problem, f"Name layers 0 to {self.num_layers - 1}.")
         skip = _Skip()
         self._inner.layers = nn.ModuleList(
-            self._part(i, branches) if (branches := keep.branches(i)) else skip for i in range(self.num_layers)
+            self._part(i, branches) if (branches := keep.branches(i)) else skip
+            for i in range(self.num_layers)
         )
         try:
             yield self.model

@@ -193,9 +193,7 @@ def draft_tokens(plan: SkipPlan, asked: Any) -> int:
         raise SdfpError(
             where, f"must be a whole number of at least 1, got {asked!r}", "Leave it out to use the plan's."
         )
-    known = max(
-        (len(c.acceptance) for c in plan.curve if c.keep == plan.keep), default=MAX_DRAFT_TOKENS
-    )
+    known = max((len(c.acceptance) for c in plan.curve if c.keep == plan.keep), default=MAX_DRAFT_TOKENS)
     if asked > known:
         raise SdfpError(
             where,

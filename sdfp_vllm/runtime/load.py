@@ -69,9 +69,7 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
         for run, bridge in bridges_at(str(config.model), config.bridges_sha256).items()  # type: ignore[union-attr]
     }
     with set_model_tag("sdfp_draft"):
-        draft = SkipDraftModel(
-            vllm_config=vllm_config, prefix="", target=target, keep=keep, bridges=bridges
-        )
+        draft = SkipDraftModel(vllm_config=vllm_config, prefix="", target=target, keep=keep, bridges=bridges)
     logger.info(
         "SDFP drafts %d tokens a round with %g of %d layers and %d bridges: %s",
         config.num_speculative_tokens,  # type: ignore[union-attr]

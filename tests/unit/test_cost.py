@@ -8,8 +8,8 @@ from tiny_models import ARCHITECTURES, tiny_model
 
 from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.integration.cpu_linear import engine_linear
+from sdfp_vllm.keep import KeepSet
 
 
 def cost(**changes) -> MeasuredCost:

@@ -151,7 +151,10 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
         ({"kept_attention": [1], "kept_mlp": [1]}, r"must not share layers, but share \[1\]"),
         ({"curve__1__kept_mlp": [9]}, r"curve\[1\]\.kept_mlp names layer 9"),
         ({"curve__1__kept_attention": [3]}, r"curve\[1\]\.kept_layers.*share \[3\]"),
-        ({"kept_mlp": [1], "fingerprint__architecture": "Gemma3ForCausalLM"}, "Gemma3ForCausalLM.*whole layers"),
+        (
+            {"kept_mlp": [1], "fingerprint__architecture": "Gemma3ForCausalLM"},
+            "Gemma3ForCausalLM.*whole layers",
+        ),
         ({"kept_layers": [1.5]}, "kept_layers"),
         ({"kept_layers": ["0"]}, "kept_layers"),
         ({"curve__0__kept_layers": [9]}, r"curve\[0\].*layer 9"),
