@@ -1,4 +1,4 @@
-"""Nested keep sets of branches: a threshold that falls until the draft time asked for is used up."""
+"""Families of keep sets, one for each size: evenly spaced layers, and branches above a falling threshold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.search import leading_ends
 from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.plan import LayerScore
+
+
+def evenly_spaced(num_layers: int, sizes: Sequence[int]) -> list[KeepSet]:
+    """Layers from the first to the last at equal distances, for each of `sizes`; one layer is the first."""
+    return [KeepSet.of(round(i * (num_layers - 1) / max(1, size - 1)) for i in range(size)) for size in sizes]
 
 
 def fit_branches(scores: Sequence[LayerScore], cost: MeasuredCost, form: str) -> Tensor:

@@ -40,6 +40,7 @@ class FirstStep:
     @torch.no_grad()
     def __init__(self, rollout: DraftRollout, sequences: int | None = None):
         self._rollout, self.stack = rollout, rollout.stack
+        self._overlaps: dict[KeepSet, float] = {}
         rows, text = rollout.all_rows(), rollout.text
         used = rows.start < text.ends[rows.sequence]
         if sequences is not None:
@@ -52,14 +53,17 @@ class FirstStep:
 
     @torch.no_grad()
     def overlap(self, keep: KeepSet) -> float:
-        """The mean overlap of the draft's distribution with the full model's."""
+        """The mean overlap of the draft's distribution with the full model's; computed once for each keep set."""
+        if keep in self._overlaps:
+            return self._overlaps[keep]
         total = 0.0
         with self.stack.keeping(keep):
             hidden = self._hidden(self._rows)
         for ours, theirs in zip(hidden.split(_HEAD_ROWS), self._full.split(_HEAD_ROWS), strict=True):
             p, q = (self.stack.head(h).float().softmax(-1) for h in (theirs, ours))
             total += float(torch.minimum(p, q).sum())
-        return total / len(hidden)
+        self._overlaps[keep] = total / len(hidden)
+        return self._overlaps[keep]
 
     def divergence(self, gates: Tensor, chunks: Sequence[int] | None = None) -> tuple[float, Tensor]:
         """The mean divergence, and its derivative by the gates.

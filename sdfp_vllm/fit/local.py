@@ -1,8 +1,8 @@
-"""`--selector auto`: FIT's keep set, improved by a short local search on predicted speed.
+"""`--selector auto`: a keep set improved by a short local search on predicted speed.
 
 FIT scores each layer in the full model, one at a time, so it knows neither what the kept layers do
-for each other nor that a branch may be had without its layer. The search starts from the best of FIT's
-keep sets, of layers and of single branches (by score over time); each round tries to drop, add or swap branches and layers:
+for each other nor that a branch may be had without its layer. From a start on (`selectors.py`: the best
+of FIT's keep sets and evenly spaced ones) each round tries to drop, add or swap branches and layers:
 
 1. One backward pass orders what could be added; every drop, shift and swap, and the best
    additions, are screened by the overlap of their first step with the full model (`first_step.py`).
@@ -10,7 +10,7 @@ keep sets, of layers and of single branches (by score over time); each round tri
    the present one's by more than the standard error of the difference, and is higher on
    held-out text as well. With none the search ends.
 
-Every move is an improvement on the judging text, so the result is never below FIT's there. The plan's
+Every move is an improvement on the judging text, so the result is never below the start, or FIT, there. The plan's
 prediction is over both texts.
 """
 
@@ -40,7 +40,7 @@ from sdfp_vllm.keep import Branch, KeepSet
 
 MAX_ROLLOUTS = 24  # on the judging text, those of FIT's search not counted
 SCREENED_TEXTS = 4  # attention goes text by text, so few whole texts are quicker than a little of each
-_ADDED, _SWAPPED = 6, 3  # additions screened, and the best of drops and of additions that are combined
+_ADDED, _SWAPPED = 12, 12  # additions and swaps that are screened
 _TRIED = 4  # rolled out before a round gives up
 
 Unit = tuple[Branch, int]
@@ -119,15 +119,25 @@ class LocalSearch:
     def _moves(self, now: Trial, screen: FirstStep, tried: set[KeepSet]) -> list[KeepSet]:
         """Untried neighbours of `now` that the screen expects to be faster, the best first."""
         keep, n = now.keep, self.cost.num_layers
-        rank = self._rank(now, screen)
-        drops = rank(without(keep, u) for u in units(keep, n, kept=True, whole=self.whole))
-        adds = rank(self._additions(now, screen))
-        swaps = [_merge(keep, fewer, more) for _, fewer in drops[:_SWAPPED] for _, more in adds[:_SWAPPED]]
-        found: dict[KeepSet, float] = {}
-        for expected, move in drops + adds + rank([*swaps, *shifts(keep, n)]):
-            if expected > now.speedup and move not in tried and self._admits(move):
-                found[move] = expected
-        return sorted(found, key=lambda move: -found[move])
+        fewer = self._possible((without(keep, u) for u in units(keep, n, kept=True, whole=self.whole)), now)
+        more = self._additions(now, screen)
+        moves = [m for m in [*fewer, *more, *shifts(keep, n)] if self._admits(m)]
+        moves += self._swaps(now, screen, fewer, more)
+        expected = self._expected(now, screen)
+        speed = {m: expected(m) for m in self._possible(moves, now) if m not in tried}
+        return sorted((m for m in speed if speed[m] > now.speedup), key=lambda m: -speed[m])
+
+    def _swaps(
+        self, now: Trial, screen: FirstStep, fewer: Sequence[KeepSet], more: Sequence[KeepSet]
+    ) -> list[KeepSet]:
+        """One drop and one addition at once: those that promise most if what each does to the overlap adds up."""
+        promise: dict[KeepSet, float] = {}
+        for add in more:
+            for drop in fewer:
+                both = _merge(now.keep, drop, add)
+                if self._admits(both):
+                    promise[both] = screen.overlap(drop) + screen.overlap(add)
+        return sorted(promise, key=lambda m: -promise[m])[:_SWAPPED]
 
     def _additions(self, now: Trial, screen: FirstStep) -> list[KeepSet]:
         """With the branches or layers added that would lower the divergence the most."""
@@ -143,28 +153,25 @@ class LocalSearch:
         """Whether `keep` would be faster than `now` if every draft were accepted."""
         return max(self.cost.speedup(keep, k, k + 1) for k in draft_lengths(self.draft_tokens)) > now.speedup
 
-    def _rank(
-        self, now: Trial, screen: FirstStep
-    ) -> Callable[[Iterable[KeepSet]], list[tuple[float, KeepSet]]]:
-        """Orders keep sets by the speed that the screen expects, the highest first."""
-        base = _expected_tokens(screen.overlap(now.keep), now.draft_tokens)
-        tokens = now.runs.rounds(now.draft_tokens).mean_accepted_length
+    def _expected(self, now: Trial, screen: FirstStep) -> Callable[[KeepSet], float]:
+        """The speed that the screen expects of a keep set, scaled by what it would expect of `now`."""
         lengths = draft_lengths(self.draft_tokens)
+        tokens = now.runs.rounds(now.draft_tokens).mean_accepted_length
+        scale = tokens / _expected_tokens(screen.overlap(now.keep), now.draft_tokens)
 
         def expected(keep: KeepSet) -> float:
             overlap = screen.overlap(keep)
-            scale = tokens / base
             return max(self.cost.speedup(keep, k, scale * _expected_tokens(overlap, k)) for k in lengths)
 
-        def rank(keeps: Iterable[KeepSet]) -> list[tuple[float, KeepSet]]:
-            possible = [
-                k
-                for k in dict.fromkeys(keeps)
-                if (k.layers or k.attention) and k.size < self.cost.num_layers and self._could_win(k, now)
-            ]
-            return sorted(((expected(k), k) for k in possible), key=lambda pair: -pair[0])
+        return expected
 
-        return rank
+    def _possible(self, keeps: Iterable[KeepSet], now: Trial) -> list[KeepSet]:
+        """Those that are drafts and could beat `now`, each once."""
+        return [
+            k
+            for k in dict.fromkeys(keeps)
+            if (k.layers or k.attention) and k.size < self.cost.num_layers and self._could_win(k, now)
+        ]
 
     def _admits(self, keep: KeepSet) -> bool:
         if self.budget is None:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit import gradient, local
 from sdfp_vllm.fit.cost import MeasuredCost
-from sdfp_vllm.fit.families import fit_branches, nested_keep_sets
+from sdfp_vllm.fit.families import evenly_spaced, fit_branches, nested_keep_sets
 from sdfp_vllm.fit.first_step import FirstStep
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.search import Choice, candidate_sizes, fit_family, search_family, sizes_asked
@@ -64,16 +64,13 @@ def by_fit(problem: Problem) -> Choice:
 
 
 def by_auto(problem: Problem) -> Choice:
-    """FIT's best, of layers or of branches, improved by a local search (see `local.py`)."""
+    """The best of FIT's layers, FIT's branches and evenly spaced layers, improved by a local search (see `local.py`)."""
     assert problem.held is not None
-    family: list[KeepSet | list[int]] = [*_fit(problem)]
+    family = [KeepSet.of(kept) for kept in _fit(problem)]
+    family += evenly_spaced(problem.cost.num_layers, problem.sizes)
     if problem.sublayers:
-        family += _unlike(
-            _fit(problem),
-            nested_keep_sets(
-                fit_branches(problem.scores, problem.cost, problem.form), problem.cost, problem.sizes
-            ),
-        )
+        ranked = fit_branches(problem.scores, problem.cost, problem.form)
+        family += nested_keep_sets(ranked, problem.cost, problem.sizes)
     search = local.LocalSearch(
         problem.judging,
         problem.held,
@@ -83,7 +80,7 @@ def by_auto(problem: Problem) -> Choice:
         whole=not problem.sublayers,
         advance=problem.advance,
     )
-    return search.improve(problem.best_of(family))
+    return search.improve(problem.best_of(list(dict.fromkeys(family))))
 
 
 def by_gradient(problem: Problem) -> Choice:
@@ -107,7 +104,7 @@ SELECTORS: dict[str, Callable[[Problem], Choice]] = {
 def most_steps(selector: str, num_layers: int, layers: int | None) -> int:
     """How often a selector reports progress, at most."""
     sizes = 1 if layers else len(candidate_sizes(num_layers))
-    return {"fit": sizes, "auto": 2 * sizes + local.MAX_ROLLOUTS, "gradient": gradient.STEPS + sizes}[
+    return {"fit": sizes, "auto": 3 * sizes + local.MAX_ROLLOUTS, "gradient": gradient.STEPS + sizes}[
         selector
     ]
 
@@ -122,8 +119,3 @@ def check_selector(name: str) -> None:
 
 def _fit(problem: Problem) -> list[list[int]]:
     return fit_family(problem.scores, problem.form, problem.sizes)
-
-
-def _unlike(layers: Sequence[list[int]], keeps: Sequence[KeepSet]) -> list[KeepSet]:
-    known = {KeepSet.of(kept) for kept in layers}
-    return [keep for keep in keeps if keep not in known]

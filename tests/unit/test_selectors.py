@@ -14,7 +14,7 @@ from tiny_models import tiny_ids
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit import gradient, local
-from sdfp_vllm.fit.families import fit_branches, nested_keep_sets
+from sdfp_vllm.fit.families import evenly_spaced, fit_branches, nested_keep_sets
 from sdfp_vllm.fit.first_step import FirstStep
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounds import AcceptedRuns
@@ -68,6 +68,16 @@ def test_equal_values_come_together_and_a_set_without_attention_is_left_out():
     assert nested_keep_sets(tied, flat_cost(4), [1, 2, 3]) == [KeepSet((0,)), KeepSet((0, 3))]
     mlp_first = torch.tensor([[0.0, 9.0], [0.0, 0.0]])
     assert nested_keep_sets(mlp_first, flat_cost(2), [1]) == []
+
+
+def test_evenly_spaced_layers():
+    assert evenly_spaced(9, [1, 2, 3, 5]) == [
+        KeepSet((0,)),
+        KeepSet((0, 8)),
+        KeepSet((0, 4, 8)),
+        KeepSet((0, 2, 4, 6, 8)),
+    ]
+    assert all(len(set(k.layers)) == n for n in range(1, 16) for k in evenly_spaced(16, [n]))
 
 
 def test_fit_ranks_branches_by_score_over_time_and_ends_first():
