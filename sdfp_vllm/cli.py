@@ -65,6 +65,12 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
+    selector: Annotated[
+        str,
+        typer.Option(
+            help="auto (FIT's choice, improved by a local search), fit (the paper's), or gradient (learned gates)."
+        ),
+    ] = "auto",
     score_form: Annotated[str, typer.Option(help="FIT score: trace or diagonal.")] = "trace",
     bridge: Annotated[
         str,
@@ -118,6 +124,7 @@ def plan(
         layers=layers,
         draft_tokens=draft_tokens,
         dtype=dtype,
+        selector=selector,
         score_form=score_form,
         bridge=bridge,
         head=head,

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sdfp_vllm.errors import PlanError
 from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
+from sdfp_vllm.keep import SUBLAYER_ARCHITECTURES, KeepSet
 from sdfp_vllm.pacing.record import Pacing
 from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
 
@@ -68,9 +69,12 @@ class CostModel(_Strict):
     included; one draft step costs `len(kept) * layer_ms + head_ms`, plus
     `draft_overhead_ms`, bridges included; every round pays `round_overhead_ms` in plain decoding and in
     drafting alike. A restricted draft head takes `draft_head_ms` in the place of `head_ms` (None: full).
+    A layer of which one branch runs costs `attention_ms` or `mlp_ms`, which add up to `layer_ms`.
     """
 
     layer_ms: NonNegative
+    attention_ms: NonNegative | None = None
+    mlp_ms: NonNegative | None = None
     head_ms: NonNegative
     draft_head_ms: NonNegative | None = None
     verify_ms: list[NonNegative] = Field(min_length=1)
@@ -82,7 +86,7 @@ class CostModel(_Strict):
 
 
 class Candidate(_Strict):
-    """One point of the searched curve: a keep set and what it is predicted to give.
+    """One point of the searched curve: a keep set (as in the plan) and what it is predicted to give.
 
     `acceptance[j]` is the chance that draft token j is accepted given that all before it
     were; `speedup[k]` the predicted tokens per second over plain decoding's with k draft
@@ -90,8 +94,14 @@ class Candidate(_Strict):
     """
 
     kept_layers: list[Layer]
+    kept_attention: list[Layer] = []
+    kept_mlp: list[Layer] = []
     acceptance: list[Probability]
     speedup: list[NonNegative]
+
+    @property
+    def keep(self) -> KeepSet:
+        return KeepSet(tuple(self.kept_layers), tuple(self.kept_attention), tuple(self.kept_mlp))
 
 
 class Prediction(_Strict):
@@ -164,6 +174,7 @@ class Provenance(_Strict):
 class SkipPlan(_Strict):
     """Which decoder layers draft, how many tokens a round, and why.
 
+    `kept_layers` run whole; of `kept_attention` and `kept_mlp` only that residual branch runs.
     `draft_tokens_by_batch` holds (largest batch size, draft length) pairs, ascending; the
     draft length for a batch larger than the last is that of the last. `worthwhile` is false
     where no candidate beat plain decoding on the machine that made the plan.
@@ -172,7 +183,9 @@ class SkipPlan(_Strict):
     schema_version: Literal[2] = 2
     model: str
     fingerprint: Fingerprint
-    kept_layers: list[Layer] = Field(min_length=1)
+    kept_layers: list[Layer]
+    kept_attention: list[Layer] = []
+    kept_mlp: list[Layer] = []
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS, strict=True)]
     draft_tokens_by_batch: list[tuple[Annotated[int, Field(ge=1, strict=True)], DraftTokens]] = []
     bridges: Literal["none"] | Bridges = "none"
@@ -196,15 +209,17 @@ class SkipPlan(_Strict):
     @model_validator(mode="after")
     def _layers_exist(self) -> SkipPlan:
         n = self.fingerprint.num_layers
-        for name, kept in [("kept_layers", self.kept_layers)] + [
-            (f"curve[{i}].kept_layers", c.kept_layers) for i, c in enumerate(self.curve)
-        ]:
-            if kept != sorted(set(kept)):
-                raise ValueError(f"{name} must ascend without repeats, got {kept}")
-            if kept and kept[-1] >= n:
-                raise ValueError(
-                    f"{name} names layer {kept[-1]}, but the model has {n} layers (0 to {n - 1})"
-                )
+        named = [("", self.keep), *((f"curve[{i}].", c.keep) for i, c in enumerate(self.curve))]
+        for name, keep in named:
+            if problem := keep.problem(n):
+                raise ValueError(name + problem)
+        architecture = self.fingerprint.architecture
+        if self.keep.partial and architecture not in SUBLAYER_ARCHITECTURES:
+            raise ValueError(
+                f"kept_attention and kept_mlp must be empty: {architecture} drafts with whole layers only"
+            )
+        if self.bridges != "none" and self.keep.partial:
+            raise ValueError("bridges belong to whole layers, but kept_attention or kept_mlp is not empty")
         if self.bridges != "none":
             skipped = runs_skipped(self.kept_layers, n)
             runs = [(r.first, r.last) for r in self.bridges.runs]
@@ -224,6 +239,11 @@ class SkipPlan(_Strict):
                 f"head has {self.head.tokens} tokens of a vocabulary of {self.fingerprint.vocab_size}"
             )
         return self
+
+    @property
+    def keep(self) -> KeepSet:
+        """What drafts."""
+        return KeepSet(tuple(self.kept_layers), tuple(self.kept_attention), tuple(self.kept_mlp))
 
     def save(
         self, folder: str | Path, tensors: bytes | None = None, head_tokens: bytes | None = None

@@ -10,7 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.plan import Candidate, CostModel, SkipPlan, default_plan_dir
+
+_COLOURS = ("lightgrey", "palegreen", "tab:green")  # by the number of a layer's branches that are kept
 
 
 def serve_command(plan: SkipPlan, folder: Path) -> str:
@@ -27,9 +30,9 @@ def best_draft_tokens(candidate: Candidate) -> int:
 
 def verdict(plan: SkipPlan) -> str:
     """One sentence: what the plan does, and whether it pays."""
-    kept, p = len(plan.kept_layers), plan.prediction
+    p = plan.prediction
     what = (
-        f"{kept} of {plan.fingerprint.num_layers} layers draft {plan.num_speculative_tokens} tokens a round: "
+        f"{parts(plan)} of {plan.fingerprint.num_layers} layers draft {plan.num_speculative_tokens} tokens a round: "
         f"{p.acceptance_rate:.0%} of them accepted, {p.mean_accepted_length:.2f} tokens a round, "
         f"{p.speedup:.2f}x plain decoding predicted at batch 1"
     )
@@ -40,11 +43,17 @@ def verdict(plan: SkipPlan) -> str:
     )
 
 
+def parts(keeps: SkipPlan | Candidate) -> str:
+    """How much is kept: layers, and where there are any, single branches of others."""
+    counts = [(len(keeps.kept_attention), "attention"), (len(keeps.kept_mlp), "MLP")]
+    return " + ".join([str(len(keeps.kept_layers)), *(f"{n} {name}" for n, name in counts if n)])
+
+
 def summary(plan: SkipPlan, path: Path) -> Text:
     """What `sdfp plan` prints at its end."""
     lines = Text()
     lines.append(verdict(plan) + "\n", style="green" if plan.worthwhile else "yellow")
-    lines.append(f"Kept layers: {' '.join(map(str, plan.kept_layers))}\n")
+    lines.append(f"Kept layers: {plan.keep}\n")
     if text := bridges(plan):
         lines.append(f"Bridges: {text}\n")
     if text := head(plan):
@@ -90,15 +99,23 @@ def layer_table(plan: SkipPlan) -> Table:
         "layer", "kept", "attention", "MLP", "total", "", title=f"FIT scores ({name.replace('_', ' ')})"
     )
     top = max((getattr(s.total, name) for s in plan.scores), default=0.0)
-    kept = set(plan.kept_layers)
     for s in plan.scores:
         values = [getattr(part, name) for part in (s.attention, s.mlp, s.total)]
         bar = "█" * math.ceil(20 * values[2] / top) if top else ""
-        style = "green" if s.layer in kept else "dim"
+        mark = kept_mark(plan.keep, s.layer)
+        style = "green" if mark else "dim"
         table.add_row(
-            str(s.layer), "●" if s.layer in kept else "", *(f"{v:.3g}" for v in values), bar, style=style
+            str(s.layer), "●" if mark == "kept" else mark, *(f"{v:.3g}" for v in values), bar, style=style
         )
     return table
+
+
+def kept_mark(keep: KeepSet, layer: int) -> str:
+    """What of a layer is kept: "kept", "attention", "MLP", or nothing."""
+    branches = keep.branches(layer)
+    if len(branches) == 2:
+        return "kept"
+    return "attention" if "attention" in branches else "MLP" if branches else ""
 
 
 def curve_table(plan: SkipPlan) -> Table:
@@ -106,9 +123,9 @@ def curve_table(plan: SkipPlan) -> Table:
     table = Table("layers kept", "tokens a round", "acceptance by token", "predicted speedup", title="Search")
     for c in plan.curve:
         k = best_draft_tokens(c)
-        chosen = c.kept_layers == plan.kept_layers
+        chosen = c.keep == plan.keep
         table.add_row(
-            f"{len(c.kept_layers)}",
+            parts(c),
             str(plan.num_speculative_tokens if chosen else k),
             " ".join(f"{a:.2f}" for a in c.acceptance),
             f"{plan.prediction.speedup if chosen else c.speedup[k]:.2f}x",
@@ -142,10 +159,16 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
     if text := head(plan):
         rows.append(("draft head", text))
     if cost:
+        branch_costs = []
+        if cost.attention_ms is not None and cost.mlp_ms is not None:
+            branch_costs = [
+                ("of a layer: attention, MLP", f"{cost.attention_ms:.3f} ms, {cost.mlp_ms:.3f} ms")
+            ]
         relative = " ".join(f"{v / cost.verify_ms[0]:.2f}" for v in cost.verify_ms)
         rows += [
             ("measured on", f"{cost.device}, {cost.dtype}, {cost.threads} threads"),
             ("layer, head", f"{cost.layer_ms:.3f} ms, {cost.head_ms:.3f} ms" + _draft_head_ms(cost)),
+            *branch_costs,
             ("verification, 1 row", f"{cost.verify_ms[0]:.2f} ms"),
             ("verification, rows over 1", relative),
         ]
@@ -178,25 +201,29 @@ def draw_png(plan: SkipPlan, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    kept, name = set(plan.kept_layers), score_name(plan)
+    name = score_name(plan)
     attention = [getattr(s.attention, name) for s in plan.scores]
     total = [getattr(s.total, name) for s in plan.scores]
     numbers = [s.layer for s in plan.scores]
-    colours = ["tab:green" if i in kept else "lightgrey" for i in numbers]
+    colours = [_COLOURS[len(plan.keep.branches(i))] for i in numbers]
     left.bar(numbers, total, color=colours, edgecolor="dimgrey", linewidth=0.5)
     left.plot(numbers, attention, "k_", label="of attention alone")
     if any(v > 0 for v in total):
         left.set_yscale("log")
-    left.set(title="FIT score by layer (green: kept)", xlabel="layer", ylabel=name.replace("_", " "))
+    left.set(
+        title="FIT score by layer (green: kept, pale: one branch)",
+        xlabel="layer",
+        ylabel=name.replace("_", " "),
+    )
     left.legend()
     for k in range(1, max((len(c.speedup) for c in plan.curve), default=1)):
-        points = [(len(c.kept_layers), c.speedup[k]) for c in plan.curve if k < len(c.speedup)]
+        points = sorted((c.keep.size, c.speedup[k]) for c in plan.curve if k < len(c.speedup))
         right.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"{k}")
     right.axhline(1.0, color="dimgrey", linestyle="--")
-    right.plot(len(plan.kept_layers), plan.prediction.speedup, "*", color="tab:red", markersize=14)
+    right.plot(plan.keep.size, plan.prediction.speedup, "*", color="tab:red", markersize=14)
     right.set(
         title="Predicted speedup at batch 1 (star: the plan)",
-        xlabel="layers kept",
+        xlabel="layers kept (a branch counts half)",
         ylabel="over plain decoding",
     )
     right.legend(title="tokens a round")

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from sdfp_vllm.plan import SkipPlan
-from sdfp_vllm.report import best_draft_tokens, details, score_name, verdict, write_drawing
+from sdfp_vllm.report import best_draft_tokens, details, kept_mark, parts, score_name, verdict, write_drawing
 
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
@@ -42,13 +42,14 @@ def page(plan: SkipPlan) -> str:
 
 
 def _layers(plan: SkipPlan) -> str:
-    name, kept = score_name(plan), set(plan.kept_layers)
+    name = score_name(plan)
     top = max((getattr(s.total, name) for s in plan.scores), default=0.0) or 1.0
     rows = []
     for s in plan.scores:
         values = [getattr(part, name) for part in (s.attention, s.mlp, s.total)]
         cells = "".join(f"<td>{v:.3g}" for v in values)
-        mark = ("<tr class=kept>", "kept") if s.layer in kept else ("<tr>", "")
+        kept = kept_mark(plan.keep, s.layer)
+        mark = ("<tr class=kept>" if kept else "<tr>", kept)
         bar = f"<td class=wide><span class=bar style='width:{100 * values[2] / top:.1f}%'></span>"
         rows.append(f"{mark[0]}<td>{s.layer}<td>{mark[1]}{cells}{bar}")
     return "<table><tr><th>layer<th><th>attention<th>MLP<th>total<th>" + "".join(rows) + "</table>"
@@ -57,11 +58,11 @@ def _layers(plan: SkipPlan) -> str:
 def _curve(plan: SkipPlan) -> str:
     rows = []
     for c in plan.curve:
-        chosen = c.kept_layers == plan.kept_layers
+        chosen = c.keep == plan.keep
         k = plan.num_speculative_tokens if chosen else best_draft_tokens(c)
         accepted = " ".join(f"{a:.2f}" for a in c.acceptance)
         rows.append(
-            f"<tr{' class=kept' if chosen else ''}><td>{len(c.kept_layers)}<td>{k}<td>{accepted}<td>{c.speedup[k]:.2f}x"
+            f"<tr{' class=kept' if chosen else ''}><td>{parts(c)}<td>{k}<td>{accepted}<td>{c.speedup[k]:.2f}x"
         )
     head = "<tr><th>layers kept<th>tokens a round<th>acceptance by token<th>predicted speedup"
     return f"<table>{head}{''.join(rows)}</table>"
@@ -69,7 +70,7 @@ def _curve(plan: SkipPlan) -> str:
 
 def _picture(plan: SkipPlan) -> str:
     """Best predicted speedup over the number of layers kept; the dashed line is plain decoding."""
-    points = [(len(c.kept_layers), max(c.speedup[1:])) for c in plan.curve if len(c.speedup) > 1]
+    points = sorted((c.keep.size, max(c.speedup[1:])) for c in plan.curve if len(c.speedup) > 1)
     if not points:
         return ""
     top = max(1.1, *(y for _, y in points))
@@ -84,11 +85,11 @@ def _picture(plan: SkipPlan) -> str:
     line = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points)
     dots = "".join("<circle cx='{:.1f}' cy='{:.1f}' r='3' fill='#888'/>".format(*at(x, y)) for x, y in points)
     best = "<circle cx='{:.1f}' cy='{:.1f}' r='6' fill='#31a354'/>".format(
-        *at(len(plan.kept_layers), plan.prediction.speedup)
+        *at(plan.keep.size, plan.prediction.speedup)
     )
     (x0, y1), (x1, _) = at(0, 1.0), at(layers, 1.0)
     labels = "".join(
-        f"<text x='{at(x, 0)[0]:.1f}' y='{_HEIGHT - 14}' text-anchor='middle'>{x}</text>" for x, _ in points
+        f"<text x='{at(x, 0)[0]:.1f}' y='{_HEIGHT - 14}' text-anchor='middle'>{x:g}</text>" for x, _ in points
     )
     return (
         f"<svg width='{_WIDTH}' height='{_HEIGHT}' role='img' aria-label='predicted speedup over layers kept'>"

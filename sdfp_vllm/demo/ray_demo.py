@@ -59,13 +59,14 @@ def run_ray_demo(out: Path, console: Console) -> None:
 
 def _plan(out: Path, console: Console) -> Path:
     from sdfp_vllm.fit.job import make_plan
+    from sdfp_vllm.report import parts
 
     console.print(f"FIT on {WORKERS} Ray workers:")
     plan = make_plan(
         str(MODEL), out=out / "ray-plan", console=console, length=128, ray=RayOptions(workers=WORKERS)
     )
     console.print(
-        f"{len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers draft "
+        f"{parts(plan)} of {plan.fingerprint.num_layers} layers draft "
         f"{plan.num_speculative_tokens} tokens a round."
     )
     return out / "ray-plan"

@@ -54,8 +54,10 @@ def speedup_bound(plan: SkipPlan, drafted: TurnMeasurement) -> float | None:
     cost, k, length = plan.cost, plan.num_speculative_tokens, drafted.mean_accepted_length
     if cost is None or length is None or len(cost.verify_ms) <= k:
         return None
-    head_ms = cost.head_ms if cost.draft_head_ms is None else cost.draft_head_ms
-    draft_ms = len(plan.kept_layers) * cost.layer_ms + head_ms
+    draft_ms = len(plan.kept_layers) * cost.layer_ms
+    draft_ms += len(plan.kept_attention) * (cost.attention_ms or 0.0)
+    draft_ms += len(plan.kept_mlp) * (cost.mlp_ms or 0.0)
+    draft_ms += cost.head_ms if cost.draft_head_ms is None else cost.draft_head_ms
     return length * cost.verify_ms[0] / (cost.verify_ms[k] + k * draft_ms)
 
 

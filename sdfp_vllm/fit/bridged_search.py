@@ -64,6 +64,7 @@ def search_bridged(
     text: Continuations | None,
     scores: Sequence[LayerScore],
     cost: MeasuredCost,
+    unbridged: Callable[[], Choice] | None = None,
     **options: Any,
 ) -> BridgedChoice:
     """Searches keep sets and draft lengths with the bridges asked for.
@@ -74,6 +75,8 @@ def search_bridged(
     Args:
         text: What bridges are fitted on, written by the target like the rollout's, from other prompts;
             None where none are asked for.
+        unbridged: The search without bridges, which comes first where it is one of the variants; None
+            for FIT's. Bridges are always tried over FIT's keep sets: they belong to whole layers.
         options: Passed to `search`.
     """
     fitter = None if text is None else BridgeFitter(rollout.stack, text)
@@ -82,6 +85,9 @@ def search_bridged(
         bar = 0.0
         if best is not None:
             bar = best.choice.prediction.speedup * (1.0 if best.fitted.runs else MARGIN)
+        if variant is None and unbridged is not None:
+            best = BridgedChoice(unbridged(), FittedBridges(), cost)
+            continue
         found = _search(variant, bar, rollout, fitter, scores, cost, options)
         best = found or best
     assert best is not None  # nothing is predicted to have no speed at all

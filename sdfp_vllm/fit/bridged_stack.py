@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.keep import KeepSet
 
 
 class _Bridged(nn.Module):
@@ -26,17 +27,19 @@ class _Bridged(nn.Module):
 
 @contextlib.contextmanager
 def bridging(
-    stack: DecoderStack, keep: Sequence[int], bridges: Mapping[Run, Bridge] | None = None
+    stack: DecoderStack, keep: KeepSet | Iterable[int], bridges: Mapping[Run, Bridge] | None = None
 ) -> Iterator[None]:
-    """While open, the model runs the layers in `keep`, with `bridges` over the runs between them."""
+    """While open, the model runs what is in `keep`, with `bridges` over the runs between them."""
     placed = {run[0]: _Bridged(like_model(bridge, stack)) for run, bridge in (bridges or {}).items()}
     with placing(stack, keep, placed):
         yield
 
 
 @contextlib.contextmanager
-def placing(stack: DecoderStack, keep: Sequence[int], modules: Mapping[int, nn.Module]) -> Iterator[None]:
-    """While open, `modules` stand in for skipped layers, by number, and the layers in `keep` run."""
+def placing(
+    stack: DecoderStack, keep: KeepSet | Iterable[int], modules: Mapping[int, nn.Module]
+) -> Iterator[None]:
+    """While open, `modules` stand in for skipped layers, by number, and what is in `keep` runs."""
     with stack.keeping(keep) as model:
         layers: Any = model.model.layers  # made anew by `keeping`, and dropped by it
         for i, module in modules.items():

@@ -12,7 +12,7 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.integration.cpu_linear import engine_linear, engine_linear_name
+from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
 from sdfp_vllm.plan import CostModel
 
@@ -45,6 +46,7 @@ class MeasuredCost:
     Attributes:
         rows: Row counts measured, ascending from 1.
         layer, head: Milliseconds at each of `rows`.
+        attention: A layer's attention branch alone; the MLP takes the rest of `layer`.
         num_layers: Layers of the full model.
         max_rows: Rows up to which every count was measured.
         device, dtype, threads: Where, in what, and with how many torch threads.
@@ -55,6 +57,7 @@ class MeasuredCost:
 
     rows: list[int]
     layer: list[float]
+    attention: list[float]
     head: list[float]
     num_layers: int
     max_rows: int
@@ -66,33 +69,45 @@ class MeasuredCost:
     bridge_ms: float = 0.0
     draft_head: float = 1.0
 
-    def forward_ms(self, layers: int, rows: int) -> float:
-        """One forward through `layers` layers and the head; linear between and beyond measured rows."""
-        return layers * self._at(self.layer, rows) + self._at(self.head, rows)
+    def forward_ms(self, kept: int | KeepSet, rows: int) -> float:
+        """One forward through `kept` (a number of layers, or a keep set) and the head.
+
+        Linear between and beyond measured rows.
+        """
+        layers, attention, mlp = (kept, 0, 0) if isinstance(kept, int) else map(len, astuple(kept))
+        parts = (layers + mlp) * self._at(self.layer, rows) + (attention - mlp) * self._at(
+            self.attention, rows
+        )
+        return parts + self._at(self.head, rows)
 
     def plain_ms(self, batch: int = 1) -> float:
         """One step of plain decoding."""
         return self.forward_ms(self.num_layers, batch) + self.round_overhead_ms
 
-    def draft_ms(self, layers: int, batch: int = 1) -> float:
-        """One draft step through `layers` layers and the head."""
+    def draft_ms(self, kept: int | KeepSet, batch: int = 1) -> float:
+        """One draft step through `kept` and the head."""
+        layers = kept if isinstance(kept, int) else len(kept.layers)
         bridges = min(layers + 1, self.num_layers - layers) * self.bridge_ms
         spared = (1.0 - self.draft_head) * self._at(self.head, batch)
-        return self.forward_ms(layers, batch) - spared + self.draft_overhead_ms + bridges
+        return self.forward_ms(kept, batch) - spared + self.draft_overhead_ms + bridges
 
-    def round_ms(self, layers: int, draft_tokens: int, batch: int = 1) -> float:
-        """One round: `draft_tokens` draft steps through `layers` layers, then verification."""
+    def round_ms(self, kept: int | KeepSet, draft_tokens: int, batch: int = 1) -> float:
+        """One round: `draft_tokens` draft steps through `kept`, then verification."""
         verify = self.forward_ms(self.num_layers, batch * (draft_tokens + 1))
-        return draft_tokens * self.draft_ms(layers, batch) + verify + self.round_overhead_ms
+        return draft_tokens * self.draft_ms(kept, batch) + verify + self.round_overhead_ms
 
-    def speedup(self, layers: int, draft_tokens: int, mean_accepted_length: float, batch: int = 1) -> float:
+    def speedup(
+        self, kept: int | KeepSet, draft_tokens: int, mean_accepted_length: float, batch: int = 1
+    ) -> float:
         """Tokens per second over plain decoding's, a round yielding `mean_accepted_length` tokens a request."""
-        return mean_accepted_length * self.plain_ms(batch) / self.round_ms(layers, draft_tokens, batch)
+        return mean_accepted_length * self.plain_ms(batch) / self.round_ms(kept, draft_tokens, batch)
 
     def model(self) -> CostModel:
         """The plan's record of it."""
         return CostModel(
             layer_ms=self.layer[0],
+            attention_ms=self.attention[0],
+            mlp_ms=self.layer[0] - self.attention[0],
             head_ms=self.head[0],
             draft_head_ms=None if self.draft_head == 1.0 else self.draft_head * self.head[0],
             verify_ms=[self.forward_ms(self.num_layers, m) for m in range(1, self.max_rows + 1)],
@@ -132,32 +147,43 @@ def measure_cost(
     rows = sorted({*range(1, max_rows + 1), *batch_rows})
     weight = _head_weight(stack)
     chosen = _sample(stack)
-    layers = [_layer_parts(stack, i, context) for i in chosen]
+    attention = [part for i in chosen for part in _attention_parts(stack, i, context)]
+    mlp = [part for i in chosen for part in _mlp_parts(stack, i)]
     head = _head_part(stack)
     inputs = {
         m: torch.randn(m, stack.config.hidden_size, dtype=weight.dtype, device=weight.device) for m in rows
     }
-    layer_times: dict[int, list[float]] = {m: [] for m in rows}
-    head_times: dict[int, list[float]] = {m: [] for m in rows}
+    times: dict[str, dict[int, list[float]]] = {
+        name: {m: [] for m in rows} for name in ("attention", "layer", "head")
+    }
 
-    def sweep(x: Tensor) -> None:
-        for parts in layers:
+    def through(parts: list[Part]) -> Part:
+        def run(x: Tensor) -> Tensor:
             for part in parts:
                 part(x)
+            return x
 
-    sweep(inputs[1])
-    head(inputs[1])
+        return run
+
+    # All attention, then every MLP: as many bytes lie between two visits to a weight as in a forward.
+    for part in (through(attention), through(mlp), head):
+        part(inputs[1])
     began = time.perf_counter()
     for repeat in range(_MAX_REPEATS):
         if repeat >= _MIN_REPEATS and time.perf_counter() - began > seconds:
             break
         for m in rows:
-            layer_times[m].append(_timed(sweep, inputs[m]) / len(layers))
-            head_times[m].append(_timed(head, inputs[m]))
+            in_attention = _timed(through(attention), inputs[m]) / len(chosen)
+            in_mlp = _timed(through(mlp), inputs[m]) / len(chosen)
+            times["attention"][m].append(in_attention)
+            times["layer"][m].append(in_attention + in_mlp)
+            times["head"][m].append(_timed(head, inputs[m]))
+    best = {name: [min(by_rows[m]) for m in rows] for name, by_rows in times.items()}
     return MeasuredCost(
         rows=rows,
-        layer=[min(layer_times[m]) for m in rows],
-        head=[min(head_times[m]) for m in rows],
+        layer=best["layer"],
+        attention=best["attention"],
+        head=best["head"],
         num_layers=stack.num_layers,
         max_rows=max_rows,
         device=_device_name(weight.device),
@@ -186,20 +212,21 @@ def _sample(stack: DecoderStack) -> list[int]:
     return [i * stack.num_layers // count for i in range(count)]
 
 
-def _layer_parts(stack: DecoderStack, i: int, context: int) -> list[Part]:
+def _attention_parts(stack: DecoderStack, i: int, context: int) -> list[Part]:
     layer: Any = stack.layers[i]
-    attention = [
-        _reshaped(engine_linear(m), m.in_features)
-        for m in layer.self_attn.modules()
-        if isinstance(m, nn.Linear)
+    linears = [m for m in layer.self_attn.modules() if isinstance(m, nn.Linear)]
+    return [
+        *(_reshaped(engine_linear(m), m.in_features) for m in linears),
+        _attention_part(stack, i, context),
     ]
-    dense = [m for m in layer.mlp.modules() if isinstance(m, nn.Linear)]
-    in_linears = sum(m.weight.numel() for m in dense)
-    if in_linears > 0.9 * sum(p.numel() for p in layer.mlp.parameters()):
-        mlp = [_reshaped(engine_linear(m), m.in_features) for m in dense]
-    else:  # a mixture of experts: which weights are read depends on the rows
-        mlp = [lambda x: layer.mlp(x[None])]
-    return [*attention, _attention_part(stack, i, context), *mlp]
+
+
+def _mlp_parts(stack: DecoderStack, i: int) -> list[Part]:
+    mlp: Any = stack.layers[i].mlp
+    dense = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
+    if sum(m.weight.numel() for m in dense) > 0.9 * sum(p.numel() for p in mlp.parameters()):
+        return [_reshaped(engine_linear(m), m.in_features) for m in dense]
+    return [lambda x: mlp(x[None])]  # a mixture of experts: which weights are read depends on the rows
 
 
 def _reshaped(linear: Part, in_features: int) -> Part:

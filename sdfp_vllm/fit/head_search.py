@@ -19,9 +19,9 @@ from sdfp_vllm.fit.bridged_search import BridgedChoice
 from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.head import head_sizes, measure_heads
 from sdfp_vllm.fit.rollout import DraftRollout
-from sdfp_vllm.fit.rounds import AcceptedRuns
-from sdfp_vllm.fit.search import MAX_TRIED, WORTHWHILE, _by_batch, _candidate, _could_win
-from sdfp_vllm.plan import Candidate, Prediction
+from sdfp_vllm.fit.search import Trial, best_trial, candidate, choice, could_win, draft_lengths
+from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan import Candidate
 
 # What a restricted head must add to the predicted speed: below it the gain is within the prediction's error.
 MARGIN = 1.02
@@ -47,6 +47,10 @@ class _Option:
     coverage: float
     cost: MeasuredCost
 
+    @property
+    def keep(self) -> KeepSet:
+        return _keep(self.candidate)
+
 
 def search_head(
     request: HeadRequest,
@@ -71,7 +75,7 @@ def search_head(
     """
     if request == "full":
         return RestrictedChoice(found)
-    lengths = list(range(1, MAX_TRIED + 1)) if draft_tokens is None else [draft_tokens]
+    lengths = draft_lengths(draft_tokens)
     # Bridges exist for the chosen keep set alone.
     curve = [c for c in found.choice.curve if not found.fitted.runs or _is_chosen(c, found)]
     bar = 0.0
@@ -87,23 +91,20 @@ def search_head(
     for option in sorted(options, key=lambda o: -o.estimate):
         if option.estimate <= bar:
             break
-        layers = len(option.candidate.kept_layers)
+        keep = option.keep
         runs = rollout.run(
-            option.candidate.kept_layers,
+            keep,
             lengths[-1],
-            proceed=_could_win(option.cost, layers, lengths, bar),
+            proceed=could_win(option.cost, keep, lengths, bar),
             bridges=found.fitted.bridges,
             tokens=option.tokens,
         )
-        reached = [k for k in lengths if k <= runs.steps]
-        if not reached:
+        if runs.steps < lengths[0]:
             continue  # a length that the user fixed, and that could not win
-        speedups = {k: option.cost.speedup(layers, k, runs.rounds(k).mean_accepted_length) for k in reached}
-        k = max(reached, key=speedups.__getitem__)
-        speedup = speedups[k]
-        if speedup > bar:
-            bar, best = speedup, _chosen(found, option, runs, k, speedup, fixed=draft_tokens is not None)
-            news(f"{len(option.tokens)} tokens: {speedup:.2f}x")
+        trial = best_trial(keep, runs, option.cost, lengths)
+        if trial.speedup > bar:
+            bar, best = trial.speedup, _chosen(found, option, trial, draft_tokens)
+            news(f"{len(option.tokens)} tokens: {trial.speedup:.2f}x")
     return best
 
 
@@ -134,33 +135,25 @@ def _estimate(candidate: Candidate, cost: MeasuredCost, lengths: list[int], cove
     rates = [a * coverage for a in candidate.acceptance]
     rates += [rates[-1]] * (lengths[-1] - len(rates))
     reached = list(accumulate(rates, mul))
-    return max(cost.speedup(len(candidate.kept_layers), k, 1.0 + sum(reached[:k])) for k in lengths)
+    return max(cost.speedup(_keep(candidate), k, 1.0 + sum(reached[:k])) for k in lengths)
 
 
 def _chosen(
-    found: BridgedChoice, option: _Option, runs: AcceptedRuns, k: int, speedup: float, fixed: bool
+    found: BridgedChoice, option: _Option, trial: Trial, draft_tokens: int | None
 ) -> RestrictedChoice:
     """The choice that serves the option; its keep set's point on the curve is the one with its head."""
-    candidate = _candidate(option.candidate.kept_layers, runs, option.cost)
-    rounds = runs.rounds(k)
-    choice = replace(
-        found.choice,
-        kept_layers=option.candidate.kept_layers,
-        draft_tokens=k,
-        prediction=Prediction(
-            acceptance_rate=rounds.acceptance_rate,
-            mean_accepted_length=rounds.mean_accepted_length,
-            speedup=speedup,
-        ),
-        worthwhile=speedup > WORTHWHILE,
-        curve=[candidate if c is option.candidate else c for c in found.choice.curve],
-        by_batch=[] if fixed else _by_batch(len(candidate.kept_layers), k, runs, option.cost),
-    )
-    return RestrictedChoice(replace(found, choice=choice, cost=option.cost), option.tokens, option.coverage)
+    point = candidate(option.keep, trial.runs, option.cost)
+    curve = [point if c is option.candidate else c for c in found.choice.curve]
+    served = choice(trial, curve, option.cost, draft_tokens)
+    return RestrictedChoice(replace(found, choice=served, cost=option.cost), option.tokens, option.coverage)
+
+
+def _keep(candidate: Candidate) -> KeepSet:
+    return KeepSet(tuple(candidate.kept_layers), tuple(candidate.kept_attention), tuple(candidate.kept_mlp))
 
 
 def _is_chosen(candidate: Candidate, found: BridgedChoice) -> bool:
-    return candidate.kept_layers == found.choice.kept_layers
+    return _keep(candidate) == found.choice.keep
 
 
 def check_head(request: str, vocab_size: int) -> HeadRequest:

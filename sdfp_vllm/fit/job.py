@@ -32,6 +32,7 @@ from sdfp_vllm.fit.pacing import measure_pacing
 from sdfp_vllm.fit.progress import Stages, stages
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import MAX_TRIED, candidate_sizes, check_request
+from sdfp_vllm.fit.selectors import SELECTORS, Problem, Selector, check_selector, most_steps
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.head_file import pack_head
 from sdfp_vllm.pacing.record import Pacing
@@ -55,6 +56,7 @@ class PlanOptions:
             from a prompt of `prompt` calibration tokens.
         layers, draft_tokens: Fix the number of kept layers or the draft length.
         score_form: "trace" or "diagonal".
+        selector: How the keep set is chosen: "auto", "fit" or "gradient" (see `selectors.py`).
         bridge: What stands in for skipped layers: "none", "bias", "affine", "low-rank", or "auto", the
             one of them that is predicted to be fastest.
         head: Tokens whose logits the draft computes: "full", their number, or "auto", restricted where that
@@ -74,6 +76,7 @@ class PlanOptions:
     draft_tokens: int | None = None
     dtype: str = "auto"
     score_form: str = "trace"
+    selector: Selector = "auto"
     bridge: BridgeRequest = "none"
     head: str = "auto"
     resume: bool = False
@@ -108,7 +111,7 @@ def make_plan(
     # Text first: its errors are the user's to mend, and loading the weights may take minutes.
     calibration = _calibration(options, tokenizer, options.sequences, options.length, options.seed)
     # Drafts are tried on other text than the layers were scored on.
-    count = options.text_sequences * (1 if options.bridge == "none" else 2)
+    count = options.text_sequences * (1 + _confirms(options) + (options.bridge != "none"))
     prompts = _calibration(options, tokenizer, count, options.prompt, options.seed + 1)
     with stages(console) as bar:
         # First, so that this process and a worker on this machine never hold the model at once.
@@ -135,7 +138,9 @@ def make_plan(
     plan = SkipPlan(
         model=model,
         fingerprint=identity,
-        kept_layers=choice.kept_layers,
+        kept_layers=list(choice.keep.layers),
+        kept_attention=list(choice.keep.attention),
+        kept_mlp=list(choice.keep.mlp),
         num_speculative_tokens=choice.draft_tokens,
         draft_tokens_by_batch=choice.by_batch,
         worthwhile=choice.worthwhile,
@@ -201,21 +206,43 @@ def _choose(
         text = greedy_continuations(stack, prompts, options.new_tokens, advance)
     with bar.step("Costs on this machine", 1):
         cost = measure_cost(stack, max_rows=(options.draft_tokens or MAX_TRIED) + 1)
-    sizes = (1 if options.layers else len(candidate_sizes(stack.num_layers))) * len(VARIANTS[options.bridge])
+    sizes = 1 if options.layers else len(candidate_sizes(stack.num_layers))
+    steps = most_steps(options.selector, stack.num_layers, options.layers) + sizes * len(
+        VARIANTS[options.bridge]
+    )
     # Bridges are judged on the same text as keep sets without, and fitted on the rest.
     tried, rest = text.split(options.text_sequences)
-    with bar.step("Trying drafts", len(tried.ids) + sizes) as advance:
+    held = None
+    if _confirms(options):
+        assert rest is not None
+        held, rest = rest.split(options.text_sequences)
+    with bar.step("Trying drafts", len(text.ids) - (len(rest.ids) if rest else 0) + steps) as advance:
+
+        def news(line: str) -> None:
+            advance(1, f"Trying drafts ({line})")
+
         rollout = DraftRollout(stack, tried, advance)
+        problem = Problem(
+            rollout,
+            DraftRollout(stack, held, advance) if held else None,
+            scores,
+            cost,
+            form=options.score_form,
+            layers=options.layers,
+            draft_tokens=options.draft_tokens,
+            advance=news,
+        )
         found = search_bridged(
             options.bridge,
             rollout,
             rest,
             scores,
             cost,
+            unbridged=lambda: SELECTORS[options.selector](problem),
             form=options.score_form,
             layers=options.layers,
             draft_tokens=options.draft_tokens,
-            advance=lambda news: advance(1, f"Trying drafts ({news})"),
+            advance=news,
         )
     with bar.step("Draft head", 1) as advance:
         chosen = search_head(
@@ -231,7 +258,7 @@ def _choose(
         found = chosen.found
         pacing = measure_pacing(
             rollout,
-            found.choice.kept_layers,
+            found.choice.keep,
             found.cost,
             options.draft_tokens or MAX_TRIED,
             bridges=found.fitted.bridges,
@@ -270,12 +297,18 @@ def _ranking(
     return rank_tokens(counts, always=tokenizer.all_special_ids)
 
 
+def _confirms(options: PlanOptions) -> bool:
+    """Whether the selector confirms on text of its own what it finds."""
+    return options.selector == "auto" and None in VARIANTS[options.bridge]
+
+
 def _check(options: PlanOptions) -> None:
     if options.dtype not in _DTYPES:
         raise SdfpError("--dtype", f"{options.dtype!r} is not known", f"Use one of {', '.join(_DTYPES)}.")
     if options.score_form not in ("trace", "diagonal"):
         raise SdfpError("--score-form", f"{options.score_form!r} is not known", "Use trace or diagonal.")
     check_bridge(options.bridge)
+    check_selector(options.selector)
 
 
 def _writable(folder: Path) -> Path:
@@ -300,12 +333,19 @@ def _device(options: PlanOptions) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _selector_name(options: PlanOptions) -> str:
+    """The selector, with the FIT score that it starts from."""
+    # Bridges by name are tried over FIT's keep sets alone.
+    name = options.selector if None in VARIANTS[options.bridge] else "fit"
+    return name if name == "gradient" else f"{name}-{options.score_form}"
+
+
 def _provenance(calibration: Calibration, options: PlanOptions) -> Provenance:
     return Provenance(
         calibration=calibration.description,
         calibration_tokens=calibration.tokens,
         seed=options.seed,
-        selector=f"fit-{options.score_form}",
+        selector=_selector_name(options),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         sdfp_version=__version__,
         torch_version=torch.__version__,

@@ -12,6 +12,7 @@ from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.rollout import DraftRollout
+from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing
 
 # Observations that a bin's prior is worth: bins that no draft fell into keep it.
@@ -20,7 +21,7 @@ _PRIOR_WEIGHT = 2.0
 
 def measure_pacing(
     rollout: DraftRollout,
-    keep: Sequence[int],
+    keep: KeepSet | Sequence[int],
     cost: MeasuredCost,
     steps: int,
     bridges: Mapping[Run, Bridge] | None = None,
@@ -29,6 +30,7 @@ def measure_pacing(
     """Rolls `keep` out once more over the target's text, with the confidence of every draft.
 
     Args:
+        keep: What drafts; a list is of whole layers.
         steps: Draft steps, and as many positions whose acceptance is counted.
         bridges, tokens: As in `DraftRollout.run`.
     """
@@ -45,12 +47,12 @@ def measure_pacing(
     mean = (accepted.sum() / tried.sum()).item()
     prior = torch.tensor(confidence_prior(mean))
     chances = (accepted + _PRIOR_WEIGHT * prior) / (tried + _PRIOR_WEIGHT)
-    overhead = cost.draft_overhead_ms
+    kept, overhead = KeepSet.of(keep), cost.draft_overhead_ms
     return Pacing(
         rows=cost.rows,
         # More rows never cost less: where the clock says so it was disturbed.
         target_ms=list(accumulate((cost.forward_ms(cost.num_layers, m) for m in cost.rows), max)),
-        draft_ms=list(accumulate((cost.draft_ms(len(keep), m) - overhead for m in cost.rows), max)),
+        draft_ms=list(accumulate((cost.draft_ms(kept, m) - overhead for m in cost.rows), max)),
         draft_overhead_ms=overhead,
         round_overhead_ms=cost.round_overhead_ms,
         acceptance=runs.rounds(steps).acceptance,

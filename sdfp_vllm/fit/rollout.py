@@ -13,7 +13,7 @@ Rows whose draft was wrong leave after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from sdfp_vllm.fit.head import restricted_linear
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.keep import KeepSet
 
 _HEAD_ROWS = 256  # rows of logits alive at once: a large vocabulary times all rows would not fit
 
@@ -105,7 +106,7 @@ class DraftRollout:
             for ids in text.ids:
                 prefill = FullPass()
                 position = torch.arange(len(ids), device=ids.device)
-                chosen.append(self._argmax(self._hidden(ids, position, prefill), stack.head))
+                chosen.append(self._argmax(self.hidden(ids, position, prefill), stack.head))
                 self.full.append(prefill)
                 if advance:
                     advance(1)
@@ -114,16 +115,17 @@ class DraftRollout:
     @torch.no_grad()
     def run(
         self,
-        keep: Sequence[int],
+        keep: KeepSet | Iterable[int],
         steps: int,
         proceed: Callable[[AcceptedRuns], bool] = lambda runs: True,
         bridges: Mapping[Run, Bridge] | None = None,
         watch: Callable[[Tensor, Tensor], None] | None = None,
         tokens: Tensor | None = None,
     ) -> AcceptedRuns:
-        """Drafts up to `steps` tokens from every start position with the layers in `keep`.
+        """Drafts up to `steps` tokens from every start position with what is in `keep`.
 
         Args:
+            keep: A keep set, or the layers that are kept whole.
             bridges: Over runs of skipped layers, as the engine has them.
             tokens: int64 [M], ascending, all that the draft's head can propose; None for the full head.
             proceed: Asked after each step but the last with the result so far; False stops early.
@@ -131,19 +133,19 @@ class DraftRollout:
                 whether its draft was right, bool [R].
 
         Raises:
-            SdfpError: If `keep` is not an ascending list of layers.
+            SdfpError: If `keep` is not ascending or names layers that are not there.
         """
         text = self.text
         lengths = torch.zeros(len(text.ids), text.ids.shape[1] - text.first, dtype=torch.int64)
         runs = AcceptedRuns(lengths, (text.ends - text.first).cpu(), 0)
-        rows = self._all_rows()
+        rows = self.all_rows()
         head = self.stack.head if tokens is None else restricted_linear(self.stack, tokens)
         with bridging(self.stack, keep, bridges), rollout_attention(self.stack):
             for j in range(steps):
                 rows = rows.select(rows.start + j < text.ends[rows.sequence])
                 if len(rows.start):
                     position = rows.start + j
-                    hidden = self._hidden(text.ids[rows.sequence, position], position, rows)
+                    hidden = self.hidden(text.ids[rows.sequence, position], position, rows)
                     right = self._argmax(hidden, head, tokens) == self.target[rows.sequence, position]
                     if watch:
                         watch(_confidence(head, hidden), right)
@@ -154,13 +156,14 @@ class DraftRollout:
                     break
         return runs
 
-    def _all_rows(self) -> DraftRows:
+    def all_rows(self) -> DraftRows:
+        """A draft at its first step, from every start position of the text."""
         count, length = self.text.ids.shape
         start = torch.arange(self.text.first, length, device=self.text.ids.device)
         sequence = torch.arange(count, device=start.device).repeat_interleave(len(start))
         return DraftRows(self.full, sequence, start.repeat(count))
 
-    def _hidden(self, ids: Tensor, position: Tensor, state: FullPass | DraftRows) -> Tensor:
+    def hidden(self, ids: Tensor, position: Tensor, state: FullPass | DraftRows) -> Tensor:
         """Final hidden states [R, hidden] of R rows, int64 ids and positions [R]."""
         inner = self.stack.model.model
         return inner(

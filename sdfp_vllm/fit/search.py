@@ -17,6 +17,7 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.rounds import AcceptedRuns
+from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.plan import MAX_DRAFT_TOKENS, Candidate, LayerScore, Prediction
 
 # A first or last layer gives up its place only with less than this share of the median score.
@@ -33,19 +34,49 @@ class Choice:
     """What the search found.
 
     Attributes:
-        kept_layers, draft_tokens: The best keep set and its draft length (at least 1).
+        keep, draft_tokens: The best keep set and its draft length (at least 1).
+        runs: What the best keep set's rollout came to.
         prediction: What they are predicted to give at batch 1.
         worthwhile: Whether that beats plain decoding by more than the prediction's error.
         curve: Every keep set that was rolled out, by size.
         by_batch: (batch size, best draft length), the length 0 where plain decoding is faster.
     """
 
-    kept_layers: list[int]
+    keep: KeepSet
     draft_tokens: int
+    runs: AcceptedRuns
     prediction: Prediction
     worthwhile: bool
     curve: list[Candidate]
     by_batch: list[tuple[int, int]]
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """Layers that are kept whole."""
+        return list(self.keep.layers)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A keep set, what its rollout came to, and the draft length that is fastest with it."""
+
+    keep: KeepSet
+    runs: AcceptedRuns
+    draft_tokens: int
+    speedup: float
+
+
+def best_trial(keep: KeepSet, runs: AcceptedRuns, cost: MeasuredCost, lengths: Sequence[int]) -> Trial:
+    """Judges a rollout at each of `lengths` that it reached (the first of them always)."""
+    reached = [k for k in lengths if k <= runs.steps]
+    gains = {k: cost.speedup(keep, k, runs.rounds(k).mean_accepted_length) for k in reached}
+    k = max(reached, key=gains.__getitem__)
+    return Trial(keep, runs, k, gains[k])
+
+
+def draft_lengths(draft_tokens: int | None) -> list[int]:
+    """Draft lengths to try: the one asked for, or 1 to MAX_TRIED."""
+    return list(range(1, MAX_TRIED + 1)) if draft_tokens is None else [draft_tokens]
 
 
 def ranked_layers(scores: Sequence[LayerScore], form: str = "trace") -> list[int]:
@@ -57,12 +88,18 @@ def ranked_layers(scores: Sequence[LayerScore], form: str = "trace") -> list[int
     Args:
         form: "trace" (trace x variance) or "diagonal".
     """
+    ends = leading_ends(scores, form)
+    value = {s.layer: getattr(s.total, f"{form}_score") for s in scores}
+    return sorted(value, key=lambda i: (i not in ends, -value[i], i))
+
+
+def leading_ends(scores: Sequence[LayerScore], form: str) -> set[int]:
+    """Those of the first and the last layer that do not score far below the others."""
     if form not in ("trace", "diagonal"):
         raise SdfpError("--score-form", f"{form!r} is no score form", "Use trace or diagonal.")
-    value = {s.layer: getattr(s.total, f"{form}_score") for s in scores}
-    margin = WIDE_MARGIN * statistics.median(value.values())
-    ends = {i for i in (0, len(scores) - 1) if value[i] >= margin}
-    return sorted(value, key=lambda i: (i not in ends, -value[i], i))
+    value = [getattr(s.total, f"{form}_score") for s in scores]
+    margin = WIDE_MARGIN * statistics.median(value)
+    return {i for i in (0, len(scores) - 1) if value[i] >= margin}
 
 
 def candidate_sizes(num_layers: int, most: int = MAX_SIZES) -> list[int]:
@@ -118,38 +155,63 @@ def search_above(
 ) -> Choice | None:
     """Like `search`, but rolls out only what could exceed a speedup of `beat`; None if nothing does."""
     check_request(len(scores), layers, draft_tokens)
-    sizes = candidate_sizes(len(scores)) if layers is None else [layers]
-    lengths = list(range(1, MAX_TRIED + 1)) if draft_tokens is None else [draft_tokens]
+    family = fit_family(scores, form, sizes_asked(len(scores), layers))
+    return search_family(beat, family, rollout, cost, draft_tokens=draft_tokens, advance=advance)
+
+
+def sizes_asked(num_layers: int, layers: int | None) -> list[int]:
+    """Numbers of layers to try: the one asked for, or those of `candidate_sizes`."""
+    return candidate_sizes(num_layers) if layers is None else [layers]
+
+
+def fit_family(scores: Sequence[LayerScore], form: str, sizes: Sequence[int]) -> list[list[int]]:
+    """The layers that FIT keeps, for each of `sizes`."""
     ranking = ranked_layers(scores, form)
+    return [sorted(ranking[:size]) for size in sizes]
+
+
+def search_family(
+    beat: float,
+    family: Sequence[KeepSet | list[int]],
+    rollout: DraftRollout,
+    cost: MeasuredCost,
+    *,
+    draft_tokens: int | None = None,
+    advance: Callable[[str], None] | None = None,
+) -> Choice | None:
+    """Rolls out those of `family` (keep sets, or lists of whole layers) that could exceed `beat`; the best, or None."""
+    lengths = draft_lengths(draft_tokens)
     curve: list[Candidate] = []
-    best: tuple[float, list[int], int, AcceptedRuns] | None = None
-    for size in sizes:
-        keep = sorted(ranking[:size])
-        bar = best[0] if best else beat
-        if max(cost.speedup(size, k, k + 1) for k in lengths) > bar:
-            runs = rollout.run(keep, lengths[-1], proceed=_could_win(cost, size, lengths, bar))
-            candidate = _candidate(keep, runs, cost)
-            curve.append(candidate)
-            for k in lengths:
-                if k <= runs.steps and candidate.speedup[k] > (best[0] if best else beat):
-                    best = (candidate.speedup[k], keep, k, runs)
+    best: Trial | None = None
+    for asked in family:
+        keep = KeepSet.of(asked)
+        bar = best.speedup if best else beat
+        if max(cost.speedup(keep, k, k + 1) for k in lengths) > bar:
+            runs = rollout.run(asked, lengths[-1], proceed=could_win(cost, keep, lengths, bar))
+            curve.append(candidate(keep, runs, cost))
+            if runs.steps >= lengths[0]:
+                trial = best_trial(keep, runs, cost, lengths)
+                best = trial if trial.speedup > bar else best
         if advance and best:
-            advance(f"{len(best[1])} layers x {best[2]} tokens: {best[0]:.2f}x")
-    if best is None:
-        return None
-    speedup, keep, k, runs = best
-    rounds = runs.rounds(k)
+            advance(f"{best.keep.size:g} layers x {best.draft_tokens} tokens: {best.speedup:.2f}x")
+    return choice(best, curve, cost, draft_tokens) if best else None
+
+
+def choice(best: Trial, curve: list[Candidate], cost: MeasuredCost, draft_tokens: int | None) -> Choice:
+    """The search's result once `best` has won; `draft_tokens` as the user fixed it."""
+    rounds = best.runs.rounds(best.draft_tokens)
     return Choice(
-        kept_layers=keep,
-        draft_tokens=k,
+        keep=best.keep,
+        draft_tokens=best.draft_tokens,
+        runs=best.runs,
         prediction=Prediction(
             acceptance_rate=rounds.acceptance_rate,
             mean_accepted_length=rounds.mean_accepted_length,
-            speedup=speedup,
+            speedup=best.speedup,
         ),
-        worthwhile=speedup > WORTHWHILE,
+        worthwhile=best.speedup > WORTHWHILE,
         curve=curve,
-        by_batch=[] if draft_tokens else _by_batch(len(keep), k, runs, cost),
+        by_batch=[] if draft_tokens else _by_batch(best, cost),
     )
 
 
@@ -167,8 +229,8 @@ def check_request(num_layers: int, layers: int | None, draft_tokens: int | None)
         raise SdfpError("--draft-tokens", f"{draft_tokens} a round", f"Draft 1 to {MAX_DRAFT_TOKENS} tokens.")
 
 
-def _could_win(
-    cost: MeasuredCost, size: int, lengths: list[int], bar: float
+def could_win(
+    cost: MeasuredCost, keep: KeepSet, lengths: list[int], bar: float
 ) -> Callable[[AcceptedRuns], bool]:
     """Whether drafts longer than those run so far could still beat `bar`, were all of them accepted."""
 
@@ -177,11 +239,11 @@ def _could_win(
         known = done.mean_accepted_length
         reached = done.accepted[-1] / done.count if done.count else 0.0
         own = max(
-            (cost.speedup(size, k, runs.rounds(k).mean_accepted_length) for k in lengths if k <= runs.steps),
+            (cost.speedup(keep, k, runs.rounds(k).mean_accepted_length) for k in lengths if k <= runs.steps),
             default=0.0,
         )
         return any(
-            cost.speedup(size, k, known + (k - runs.steps) * reached) > max(bar, own)
+            cost.speedup(keep, k, known + (k - runs.steps) * reached) > max(bar, own)
             for k in lengths
             if k > runs.steps
         )
@@ -189,20 +251,24 @@ def _could_win(
     return proceed
 
 
-def _candidate(keep: list[int], runs: AcceptedRuns, cost: MeasuredCost) -> Candidate:
+def candidate(keep: KeepSet, runs: AcceptedRuns, cost: MeasuredCost) -> Candidate:
+    """A keep set's point on the plan's curve."""
     lengths = [runs.rounds(k).mean_accepted_length for k in range(1, runs.steps + 1)]
     return Candidate(
-        kept_layers=keep,
+        kept_layers=list(keep.layers),
+        kept_attention=list(keep.attention),
+        kept_mlp=list(keep.mlp),
         acceptance=runs.rounds(runs.steps).acceptance,
-        speedup=[1.0, *(cost.speedup(len(keep), k, length) for k, length in enumerate(lengths, 1))],
+        speedup=[1.0, *(cost.speedup(keep, k, length) for k, length in enumerate(lengths, 1))],
     )
 
 
-def _by_batch(size: int, longest: int, runs: AcceptedRuns, cost: MeasuredCost) -> list[tuple[int, int]]:
-    """Every row of a batch costs verification, so drafts shorten as it grows; never above `longest`."""
-    tokens = [1.0] + [runs.rounds(k).mean_accepted_length for k in range(1, longest + 1)]
+def _by_batch(best: Trial, cost: MeasuredCost) -> list[tuple[int, int]]:
+    """Every row of a batch costs verification, so drafts shorten as it grows; never above the best length."""
+    longest = best.draft_tokens
+    tokens = [1.0] + [best.runs.rounds(k).mean_accepted_length for k in range(1, longest + 1)]
     table: list[tuple[int, int]] = []
     for batch in BATCH_SIZES:
-        gain = [cost.speedup(size, k, tokens[k], batch) for k in range(longest + 1)]
+        gain = [cost.speedup(best.keep, k, tokens[k], batch) for k in range(longest + 1)]
         table.append((batch, max(range(longest + 1), key=gain.__getitem__)))
     return table

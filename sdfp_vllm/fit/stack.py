@@ -7,7 +7,8 @@ whose layers have the same children is taken as well, and everything else is ref
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.keep import SUBLAYER_ARCHITECTURES, Branch, KeepSet
 
 # Children of a layer -> the residual branch each belongs to. A norm belongs to the branch it
 # feeds or closes, so `post_attention_layernorm` is the MLP's in Llama and attention's in Gemma.
@@ -34,6 +36,10 @@ _SANDWICH_NORM = {
     "post_feedforward_layernorm": "mlp",
 }
 
+# The last module of each branch: what it returns is added to the residual stream.
+_LAST = {"attention": "self_attn", "mlp": "mlp"}
+_SANDWICH_LAST = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -42,6 +48,20 @@ class _Skip(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
+
+
+class _NoAttention(nn.Module):
+    """Stands in for the attention of a layer that runs its MLP alone: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class _NoMlp(nn.Module):
+    """Stands in for the MLP of a layer that runs its attention alone."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 class DecoderStack:
@@ -103,43 +123,63 @@ class DecoderStack:
         """All parameters of layer i: attention's, then the MLP's."""
         return self.attention_parameters(i) + self.mlp_parameters(i)
 
+    @property
+    def has_sublayers(self) -> bool:
+        """Whether the engine can run one branch of a layer without the other."""
+        return type(self.model).__name__ in SUBLAYER_ARCHITECTURES
+
+    def branch_end(self, i: int, branch: Branch) -> nn.Module:
+        """The module of layer i whose output (the first, if a tuple) is that branch's share of the residual."""
+        layer = self.layers[i]
+        names = _SANDWICH_LAST if hasattr(layer, _SANDWICH_LAST["mlp"]) else _LAST
+        return getattr(layer, names[branch])
+
     @contextlib.contextmanager
-    def keeping(self, keep: Sequence[int]) -> Iterator[PreTrainedModel]:
-        """While open, `model` runs only the layers in `keep`; yields `model`.
+    def keeping(self, keep: KeepSet | Iterable[int]) -> Iterator[PreTrainedModel]:
+        """While open, `model` runs only what is in `keep`; yields `model`.
 
         Skipped layers are replaced in place by the identity, so every kept layer keeps its
-        index and with it its K/V cache slot, mask (sliding or full) and rotary embedding.
+        index and with it its K/V cache slot, mask (sliding or full) and rotary embedding. A layer of
+        which one branch is kept is its own forward with the other branch adding nothing.
         Not re-entrant and not thread-safe: the model is changed while open.
 
         Args:
-            keep: Layer numbers, ascending, without repeats.
+            keep: A keep set, or the layers that are kept whole, ascending, without repeats; may be empty.
 
         Raises:
             SdfpError: If `keep` is not that.
         """
-        kept = list(keep)
-        if kept != sorted(set(kept)) or any(not 0 <= i < self.num_layers for i in kept):
-            raise SdfpError(
-                "keep",
-                f"{kept} is not an ascending list of layers without repeats",
-                f"Name layers 0 to {self.num_layers - 1}.",
-            )
-        chosen = set(kept)
+        keep = KeepSet.of(keep)
+        if keep.touched() and (problem := keep.problem(self.num_layers)):
+            raise SdfpError("keep", problem, f"Name layers 0 to {self.num_layers - 1}.")
         skip = _Skip()
         self._inner.layers = nn.ModuleList(
-            layer if i in chosen else skip for i, layer in enumerate(self.layers)
+            self._part(i, branches) if (branches := keep.branches(i)) else skip
+            for i in range(self.num_layers)
         )
         try:
             yield self.model
         finally:
             self._inner.layers = self.layers
 
-    def logits(self, input_ids: Tensor, keep: Sequence[int] | None = None) -> Tensor:
-        """Runs the model over whole sequences, without a cache, on the layers in `keep` (None: all).
+    def _part(self, i: int, branches: frozenset[Branch]) -> nn.Module:
+        """Layer i, or a copy that shares its parameters and runs only `branches`."""
+        layer = self.layers[i]
+        if len(branches) == 2:
+            return layer
+        part = copy.copy(layer)
+        left_out: dict[str, nn.Module] = (
+            {"mlp": _NoMlp()} if "attention" in branches else {"self_attn": _NoAttention()}
+        )
+        part._modules = {**layer._modules, **left_out}
+        return part
+
+    def logits(self, input_ids: Tensor, keep: KeepSet | Iterable[int] | None = None) -> Tensor:
+        """Runs the model over whole sequences, without a cache, on what is in `keep` (None: all).
 
         Args:
             input_ids: int64 [B, T] on the model's device, no padding.
-            keep: Layer numbers, ascending, without repeats.
+            keep: As in `keeping`.
 
         Returns:
             Logits [B, T, V] in the model's dtype. Gradients follow the caller's grad mode.

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.refusals import refuse_synthetic_on_cpu, refuse_unsupported
 from sdfp_vllm.integration.upstream import SpeculativeConfig, config, current_platform, init_logger
+from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, find_plan
 
 logger = init_logger(f"vllm.{__name__}")
@@ -51,7 +52,11 @@ class SdfpConfig(SpeculativeConfig):
 
     method: Literal["sdfp"] = "sdfp"  # type: ignore[assignment]
     kept_layers: list[int] = Field(default_factory=list)
-    """Decoder layers of the target that draft, ascending."""
+    """Decoder layers of the target that draft whole, ascending."""
+    kept_attention: list[int] = Field(default_factory=list)
+    """Decoder layers of which only attention drafts."""
+    kept_mlp: list[int] = Field(default_factory=list)
+    """Decoder layers of which only the MLP drafts."""
     bridges_sha256: str = ""
     """Hash of the bridge tensors beside the plan, which every worker reads there; empty for none."""
     head_sha256: str = ""
@@ -81,17 +86,22 @@ class SdfpConfig(SpeculativeConfig):
         return True
 
     @property
+    def keep(self) -> KeepSet:
+        return KeepSet(tuple(self.kept_layers), tuple(self.kept_attention), tuple(self.kept_mlp))
+
+    @property
     def max_num_new_slots_for_drafting(self) -> int:
         return 0  # no draft prefill: nothing is fed beyond what the target verifies
 
     def compute_hash(self) -> str:
         """Adds keep set, bridges and head: vLLM keys compiled graphs by this, and others are another graph."""
-        factors = f"{super().compute_hash()} sdfp {self.kept_layers} {self.bridges_sha256} {self.head_sha256}"
+        factors = f"{super().compute_hash()} sdfp {self.keep} {self.bridges_sha256} {self.head_sha256}"
         return hashlib.sha256(factors.encode()).hexdigest()
 
     def __repr__(self) -> str:
         return (
             f"SdfpConfig(plan={self.model!r}, kept_layers={self.kept_layers}, "
+            f"kept_attention={self.kept_attention}, kept_mlp={self.kept_mlp}, "
             f"num_speculative_tokens={self.num_speculative_tokens})"
         )
 
@@ -141,6 +151,8 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     try:
         return SdfpConfig(
             kept_layers=list(plan.kept_layers),
+            kept_attention=list(plan.kept_attention),
+            kept_mlp=list(plan.kept_mlp),
             bridges_sha256="" if plan.bridges == "none" else plan.bridges.sha256,
             head_sha256="" if plan.head == "full" else plan.head.sha256,
             pacing=plan.pacing.model_dump(mode="json") if adaptive and plan.pacing else None,
@@ -239,9 +251,7 @@ def draft_tokens(plan: SkipPlan, asked: Any) -> int:
         raise SdfpError(
             where, f"must be a whole number of at least 1, got {asked!r}", "Leave it out to use the plan's."
         )
-    known = max(
-        (len(c.acceptance) for c in plan.curve if c.kept_layers == plan.kept_layers), default=MAX_DRAFT_TOKENS
-    )
+    known = max((len(c.acceptance) for c in plan.curve if c.keep == plan.keep), default=MAX_DRAFT_TOKENS)
     if asked > known:
         raise SdfpError(
             where,

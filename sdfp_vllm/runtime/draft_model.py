@@ -5,7 +5,7 @@ No weight is copied, but for the rows of a head that the plan restricts (`head.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import AttentionLayerBase, VllmConfig, support_torch_compile
+from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.runtime.branches import branch_of
 from sdfp_vllm.runtime.bridged import BridgeStep, entered_through
 
 
@@ -41,10 +43,11 @@ def attention_names(layer: nn.Module) -> list[str]:
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class SkipDraftModel(nn.Module):
-    """Runs the kept layers of `target` on one token per request.
+    """Runs what is kept of `target`'s layers on one token per request.
 
     A dropped layer is an identity on the residual stream, so a kept layer simply receives the
-    (branch output, residual) pair of the last kept one: no work is left where layers were. Where
+    (branch output, residual) pair of the last kept one: no work is left where layers were; the same
+    goes for a dropped branch of a layer. Where
     the plan has a bridge over a run of dropped layers, whatever comes next (a kept layer or the
     final norm) is entered through it.
 
@@ -59,7 +62,7 @@ class SkipDraftModel(nn.Module):
         vllm_config: VllmConfig,
         prefix: str = "",
         target: Any,
-        kept_layers: Sequence[int],
+        keep: KeepSet | Iterable[int],
         bridges: Mapping[tuple[int, int], Bridge] | None = None,
         head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
@@ -68,10 +71,14 @@ class SkipDraftModel(nn.Module):
         into = {last + 1: bridge for (_, last), bridge in (bridges or {}).items()}
         # Plain attributes of registered modules: parameters() lists the target's own tensors.
         self._embed: Callable[[torch.Tensor], torch.Tensor] = decoder.embed_input_ids
-        first = kept_layers[0]
+        keep = KeepSet.of(keep)
+        touched = keep.touched()
+        first = touched[0]
         steps: list[nn.Module] = [BridgeStep(into[first])] if first in into else []
-        for i in kept_layers:
+        for i in touched:
             layer = decoder.layers[i]
+            if i not in keep.layers:
+                layer = branch_of(layer, i, "attention" if i in keep.attention else "mlp")
             steps += entered_through(into[i], layer) if i in into and i != first else [layer]
         self.kept = nn.ModuleList(steps)
         self.norm = decoder.norm

@@ -14,6 +14,7 @@ from sdfp_vllm.integration.upstream import (
     init_logger,
     set_model_tag,
 )
+from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
 from sdfp_vllm.runtime.head import restricted_head
 
@@ -27,21 +28,24 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
     come from `vllm_config.speculative_config`, an SdfpConfig.
 
     Raises:
-        SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V, or
-            the bridges or the head are no longer those the engine was started with.
+        SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V; if
+            nothing kept attends, or a layer's branch cannot run by itself; or if the bridges or the head
+            are no longer those the engine was started with.
     """
     config = vllm_config.speculative_config
-    kept: list[int] = config.kept_layers  # type: ignore[union-attr]
+    keep: KeepSet = config.keep  # type: ignore[union-attr]
     layers = decoder_of(target).layers
     attention = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
     drafting: set[str] = set()
-    for i in kept:
+    for i in keep.touched():
         if i >= len(layers):
             raise SdfpError(
                 f"plan {config.model}",  # type: ignore[union-attr]
                 f"keeps layer {i}, but the model has {len(layers)} layers",
                 "Make a plan for this model with `sdfp plan MODEL`.",
             )
+        if "attention" not in keep.branches(i):
+            continue
         names = attention_names(layers[i])
         if not names:
             raise SdfpError(
@@ -55,6 +59,12 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
                     "Serve this model without SDFP.",
                 )
         drafting.update(names)
+    if not drafting:
+        raise SdfpError(
+            f"plan {config.model}",  # type: ignore[union-attr]
+            f"keeps no attention ({keep}), and vLLM schedules a draft by its attention",
+            "Make a plan that keeps the attention of some layer.",
+        )
     device, dtype = next(target.parameters()).device, vllm_config.model_config.dtype
     bridges = {
         run: bridge.to(device=device, dtype=dtype)  # type: ignore[arg-type]
@@ -64,16 +74,16 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
     head = None if tokens is None else restricted_head(target, tokens)
     with set_model_tag("sdfp_draft"):
         draft = SkipDraftModel(
-            vllm_config=vllm_config, prefix="", target=target, kept_layers=kept, bridges=bridges, head=head
+            vllm_config=vllm_config, prefix="", target=target, keep=keep, bridges=bridges, head=head
         )
     if head is not None:
         logger.info("Its head computes %d of %d logits", len(head.tokens), head.vocab_size)
     logger.info(
-        "SDFP drafts %d tokens a round with %d of %d layers and %d bridges: %s",
+        "SDFP drafts %d tokens a round with %g of %d layers and %d bridges: %s",
         config.num_speculative_tokens,  # type: ignore[union-attr]
-        len(kept),
+        keep.size,
         len(layers),
         len(bridges),
-        kept,
+        keep,
     )
     return draft, drafting

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from engines import assert_identical, engine, spec_counters, tokens, write_plan
 
+from sdfp_vllm.keep import SUBLAYER_ARCHITECTURES
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from tiny_models import ARCHITECTURES, tiny_model
 
@@ -44,7 +46,10 @@ def test_same_tokens_and_full_acceptance(model, tmp_path):
     from sdfp_vllm.fingerprint import fingerprint
 
     layers = fingerprint(model).num_layers
-    some = write_plan(model, tmp_path / "some", [0, layers - 1], k=3)
+    kept = {}
+    if fingerprint(model).architecture in SUBLAYER_ARCHITECTURES:
+        kept = {"kept_layers": [layers - 1], "kept_attention": [0], "kept_mlp": [1, 2]}
+    some = write_plan(model, tmp_path / "some", [0, layers - 1], k=3, **kept)
     everything = write_plan(model, tmp_path / "all", range(layers), k=3)
     settings = dict(max_model_len=192, skip_tokenizer_init=True)
     with engine(model, **settings) as llm:

@@ -119,3 +119,19 @@ def test_a_file_that_cannot_be_written_is_refused(sdfp, tmp_path):
     for flag in ("--png", "--html"):
         result = sdfp("show", tmp_path, flag, Path(tmp_path / "file" / "x"))
         assert result.exit_code == 2 and flag in result.stderr
+
+
+def test_show_tells_single_branches(sdfp, tmp_path):
+    keep = {"kept_layers": [0], "kept_attention": [2], "kept_mlp": [3]}
+    curve = [
+        Candidate(kept_layers=[0], acceptance=[0.1], speedup=[1.0, 0.7]),
+        Candidate(**keep, acceptance=[0.9, 0.8], speedup=[1.0, 1.2, 1.5]),
+    ]
+    make(**keep, curve=curve).save(tmp_path)
+    shown = sdfp("show", tmp_path, "--html", tmp_path / "page.html", "--png", tmp_path / "page.png")
+    assert shown.exit_code == 0, shown.output
+    assert "1 + 1 attention + 1 MLP of 4 layers draft 2 tokens" in shown.output
+    assert "│ attention │" in shown.output and "│ MLP " in shown.output
+    page = (tmp_path / "page.html").read_text()
+    assert "<tr class=kept><td>2<td>attention<td>" in page and "<tr class=kept><td>3<td>MLP<td>" in page
+    assert "<tr class=kept><td>1 + 1 attention + 1 MLP<td>2<td>" in page

@@ -9,12 +9,14 @@ from tiny_models import ARCHITECTURES, tiny_model
 from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.integration.cpu_linear import engine_linear
+from sdfp_vllm.keep import KeepSet
 
 
 def cost(**changes) -> MeasuredCost:
     fields = {
         "rows": [1, 2, 3, 10],
         "layer": [1.0, 1.5, 2.0, 9.0],
+        "attention": [0.25, 0.5, 0.75, 3.0],
         "head": [0.5, 0.5, 1.0, 8.0],
         "num_layers": 4,
         "max_rows": 3,
@@ -24,7 +26,10 @@ def cost(**changes) -> MeasuredCost:
         "round_overhead_ms": 1.0,
         "draft_overhead_ms": 0.25,
     }
-    return MeasuredCost(**(fields | changes))
+    fields |= changes
+    if len(fields["attention"]) != len(fields["rows"]):  # a test of whole layers does not name it
+        fields["attention"] = [ms / 4 for ms in fields["layer"]]
+    return MeasuredCost(**fields)
 
 
 def test_forward_is_linear_between_and_beyond_measured_rows():
@@ -41,10 +46,21 @@ def test_speedup_is_tokens_over_time():
     assert cost().speedup(3, 0, 1.0) == 1.0
 
 
+def test_branches_cost_their_share_of_a_layer():
+    keep = KeepSet((0,), attention=(1,), mlp=(2, 3))
+    assert cost().forward_ms(keep, 1) == pytest.approx(1.0 + 0.25 + 2 * 0.75 + 0.5)
+    assert cost().forward_ms(keep, 2) == pytest.approx(1.5 + 0.5 + 2 * 1.0 + 0.5)
+    assert cost().round_ms(KeepSet((0, 2)), 2) == cost().round_ms(2, 2)
+    whole = KeepSet(attention=(0,)), KeepSet(mlp=(0,))
+    assert sum(cost().forward_ms(k, 3) for k in whole) == pytest.approx(cost().forward_ms(1, 3) + 1.0)
+    assert cost().speedup(keep, 1, 2.0) == pytest.approx(2 * 5.5 / (3.25 + 0.25 + 6.5 + 1.0))
+
+
 def test_the_plans_record_holds_the_contiguous_rows():
     model = cost().model()
     assert model.verify_ms == [4.5, 6.5, 9.0]
     assert (model.layer_ms, model.head_ms) == (1.0, 0.5)
+    assert (model.attention_ms, model.mlp_ms) == (0.25, 0.75)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -52,7 +68,8 @@ def test_every_architecture_is_measured(architecture):
     stack = DecoderStack(tiny_model(architecture))
     measured = measure_cost(stack, context=8, max_rows=3, batch_rows=(6,), seconds=0)
     assert measured.rows == [1, 2, 3, 6]
-    assert min(measured.layer + measured.head) > 0
+    assert min(measured.layer + measured.head + measured.attention) > 0
+    assert all(a < b for a, b in zip(measured.attention, measured.layer, strict=True))
     assert measured.num_layers == stack.num_layers and measured.dtype == "float32"
 
 

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.stack import DecoderStack, load_target
+from sdfp_vllm.keep import KeepSet
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -75,6 +76,28 @@ def test_subset_equals_a_llama_made_from_a_smaller_config():
     ids = tiny_ids()
     with torch.no_grad():
         torch.testing.assert_close(DecoderStack(model).logits(ids, keep=[1, 3]), built(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_lone_branch_adds_what_it_adds_and_the_other_nothing(architecture):
+    """The reference is the whole model with the outputs of the branches left out set to zero."""
+    model = tiny_model(architecture)
+    stack, ids = DecoderStack(model), tiny_ids()
+    keep = KeepSet(layers=(0,), attention=(1, 3), mlp=(2,))
+    hooks = [
+        stack.branch_end(i, branch).register_forward_hook(
+            lambda module, args, out: (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
+        )
+        for i, branch in ((1, "mlp"), (2, "attention"), (3, "mlp"))
+    ]
+    with torch.no_grad():
+        expected = stack.logits(ids)
+        for hook in hooks:
+            hook.remove()
+        torch.testing.assert_close(stack.logits(ids, keep), expected)
+        assert not torch.allclose(expected, stack.logits(ids), atol=1e-3)
+        assert not torch.allclose(expected, stack.logits(ids, [0]), atol=1e-3)
+    assert model.model.layers is stack.layers
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3"])

@@ -93,7 +93,7 @@ def test_plan_then_show_in_the_default_place(sdfp, model, text, tmp_path):
 
 
 def test_fixed_numbers_seed_and_folder(sdfp, model, text, tmp_path):
-    fixed = ["--layers", 2, "--draft-tokens", 3, "--seed", 5, "--score-form", "diagonal"]
+    fixed = ["--layers", 2, "--draft-tokens", 3, "--seed", 5, "--score-form", "diagonal", "--selector", "fit"]
     plans = []
     for name in ("a", "b"):
         made = sdfp("plan", model, "--calibration", text, *SMALL, *fixed, "-o", tmp_path / name)
@@ -105,6 +105,20 @@ def test_fixed_numbers_seed_and_folder(sdfp, model, text, tmp_path):
     assert a.scores == b.scores and a.curve[0].acceptance == b.curve[0].acceptance
     assert a.prediction.mean_accepted_length == b.prediction.mean_accepted_length > 2
     assert a.made.seed == 5 and a.made.selector == "fit-diagonal"
+
+
+@pytest.mark.parametrize(("selector", "name"), [("auto", "auto-diagonal"), ("gradient", "gradient")])
+def test_selectors_write_plans_that_say_so(sdfp, model, text, tmp_path, selector, name):
+    made = sdfp(
+        *("plan", model, "--calibration", text, *SMALL, "--score-form", "diagonal"),
+        *("--selector", selector, "-o", tmp_path),
+    )
+    assert made.exit_code == 0, made.output
+    plan = load_plan(tmp_path, expected=fingerprint(model))
+    assert plan.made.selector == name
+    assert plan.keep in [c.keep for c in plan.curve] and f"Kept layers: {plan.keep}" in made.output
+    assert plan.cost.attention_ms + plan.cost.mlp_ms == pytest.approx(plan.cost.layer_ms)
+    assert name in sdfp("show", tmp_path).output
 
 
 def test_interrupted_leaves_no_plan_and_resume_finishes(model, text, tmp_path):
@@ -146,6 +160,7 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(sdfp, model, 
         (["--draft-tokens", 40], "Draft 1 to 32"),
         (["--dtype", "int3"], "--dtype"),
         (["--score-form", "best"], "--score-form"),
+        (["--selector", "best"], "Use one of auto, fit, gradient"),
         (["--calibration", tmp_path / "none.txt"], "no such file"),
     ]
     for arguments, reason in refused:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.fingerprint import Fingerprint, fingerprint
+from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.plan import (
     PLAN_FILE,
     Candidate,
@@ -41,7 +42,12 @@ def make_plan(**changes) -> SkipPlan:
         worthwhile=True,
         prediction=Prediction(acceptance_rate=0.8, mean_accepted_length=2.4, speedup=1.4),
         scores=[LayerScore(layer=i, total=score, attention=score, mlp=score) for i in range(LAYERS)],
-        curve=[Candidate(kept_layers=[0, 3], acceptance=[0.8, 0.7], speedup=[1.0, 1.3, 1.4])],
+        curve=[
+            Candidate(kept_layers=[0, 3], acceptance=[0.8, 0.7], speedup=[1.0, 1.3, 1.4]),
+            Candidate(
+                kept_layers=[3], kept_attention=[0], kept_mlp=[1], acceptance=[0.8], speedup=[1.0, 1.2]
+            ),
+        ],
         cost=CostModel(
             layer_ms=1.0,
             head_ms=0.1,
@@ -92,6 +98,22 @@ def test_round_trip_from_folder_and_from_file(folder):
     assert load_plan(folder) == load_plan(folder / PLAN_FILE) == make_plan()
 
 
+def test_plans_of_single_branches(folder):
+    """Whole layers may be none where branches of others are kept; a plan from before has no branches."""
+    assert load_plan(folder).keep == KeepSet((0, 3))
+    edit(folder, kept_layers=[], kept_attention=[0, 2], kept_mlp=[3])
+    assert load_plan(folder).keep == KeepSet(attention=(0, 2), mlp=(3,))
+    edit(folder, kept_layers=[1], kept_attention=..., kept_mlp=..., cost__attention_ms=..., cost__mlp_ms=...)
+    assert load_plan(folder).keep == KeepSet((1,)) and load_plan(folder).cost.mlp_ms is None
+
+
+def test_bridges_belong_to_whole_layers(folder):
+    runs = [{"first": 1, "last": 2, "regularisation": 0.1, "error": 0.5}]
+    edit(folder, bridges={"kind": "bias", "rank": 0, "runs": runs, "sha256": "a" * 64}, kept_mlp=[1])
+    with pytest.raises(PlanError, match="bridges belong to whole layers"):
+        load_plan(folder)
+
+
 def test_saving_again_replaces_and_leaves_nothing_else(folder):
     make_plan(num_speculative_tokens=1).save(folder)
     assert load_plan(folder).num_speculative_tokens == 1
@@ -119,7 +141,20 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
         ({"kept_layers": [-1]}, "kept_layers"),
         ({"kept_layers": [3, 0]}, "ascend"),
         ({"kept_layers": [1, 1]}, "ascend"),
-        ({"kept_layers": []}, "kept_layers"),
+        ({"kept_layers": []}, "kept_layers.*all empty"),
+        ({"kept_attention": [4]}, "kept_attention names layer 4"),
+        ({"kept_attention": [2, 1]}, "kept_attention must ascend"),
+        ({"kept_mlp": [-1]}, "kept_mlp"),
+        ({"kept_mlp": [1, 1]}, "kept_mlp must ascend"),
+        ({"kept_mlp": True}, "kept_mlp"),
+        ({"kept_attention": [0]}, r"must not share layers, but share \[0\]"),
+        ({"kept_attention": [1], "kept_mlp": [1]}, r"must not share layers, but share \[1\]"),
+        ({"curve__1__kept_mlp": [9]}, r"curve\[1\]\.kept_mlp names layer 9"),
+        ({"curve__1__kept_attention": [3]}, r"curve\[1\]\.kept_layers.*share \[3\]"),
+        (
+            {"kept_mlp": [1], "fingerprint__architecture": "Gemma3ForCausalLM"},
+            "Gemma3ForCausalLM.*whole layers",
+        ),
         ({"kept_layers": [1.5]}, "kept_layers"),
         ({"kept_layers": ["0"]}, "kept_layers"),
         ({"curve__0__kept_layers": [9]}, r"curve\[0\].*layer 9"),
@@ -196,7 +231,8 @@ def paths(node, prefix=()):
 def test_any_mutation_gives_a_plan_or_our_error(tmp_path_factory, data):
     """10,000 mutations of structure or bytes: a valid plan, or PlanError. Nothing else leaves load_plan."""
     folder = _fuzz_folder(tmp_path_factory)
-    text = make_plan().model_dump_json()
+    partial = {"kept_layers": [0], "kept_attention": [1, 2], "kept_mlp": [3]}
+    text = make_plan(**partial if data.draw(st.booleans()) else {}).model_dump_json()
     if data.draw(st.booleans()):
         raw = json.loads(text)
         for _ in range(data.draw(st.integers(1, 3))):
@@ -224,7 +260,7 @@ def test_any_mutation_gives_a_plan_or_our_error(tmp_path_factory, data):
     except PlanError as e:
         assert str(folder) in str(e) and e.way_out
     else:
-        assert plan.kept_layers[-1] < plan.fingerprint.num_layers
+        assert 0 <= min(plan.keep.touched()) <= max(plan.keep.touched()) < plan.fingerprint.num_layers
     assert [p.name for p in folder.iterdir()] == [PLAN_FILE]
 
 

@@ -11,9 +11,11 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.keep import KeepSet
 
 PROMPT, NEW, STEPS = 9, 14, 4
 KEEP = [0, 1, 3]  # a sliding, a full layer and the last, where the two alternate
+PARTIAL = KeepSet(layers=(3,), attention=(0, 1), mlp=(2,))
 
 
 def _tiny(architecture: str = "llama") -> DecoderStack:
@@ -30,12 +32,14 @@ def _text(stack: DecoderStack, sequences: int = 3) -> Continuations:
 
 
 @torch.no_grad()
-def _draft_logits_one_by_one(stack: DecoderStack, ids: torch.Tensor, start: int) -> list[torch.Tensor]:
-    """Fills a cache with the full model up to `start`, then feeds one token at a time to the kept layers."""
+def _draft_logits_one_by_one(
+    stack: DecoderStack, ids: torch.Tensor, start: int, keep=KEEP
+) -> list[torch.Tensor]:
+    """Fills a cache with the full model up to `start`, then feeds one token at a time to what is kept."""
     cache = DynamicCache(config=stack.config)
     stack.model(input_ids=ids[None, :start], past_key_values=cache, use_cache=True)
     logits = []
-    with stack.keeping(KEEP) as model:
+    with stack.keeping(keep) as model:
         for position in range(start, start + STEPS):
             out = model(
                 input_ids=ids[None, position : position + 1],
@@ -59,14 +63,15 @@ class _Recording(DraftRollout):
         return super()._argmax(hidden, *head)
 
 
-def test_every_draft_step_equals_drafting_one_token_at_a_time(stack):
+@pytest.mark.parametrize("keep", [KEEP, PARTIAL], ids=["layers", "branches"])
+def test_every_draft_step_equals_drafting_one_token_at_a_time(stack, keep):
     text = _text(stack)
     rollout = _Recording(stack, text)
     rollout.seen = []
-    rollout.run(KEEP, STEPS)
+    rollout.run(keep, STEPS)
     for n, ids in enumerate(text.ids):
         for start in (PROMPT, PROMPT + 3, PROMPT + NEW - STEPS):
-            for j, expected in enumerate(_draft_logits_one_by_one(stack, ids, start)):
+            for j, expected in enumerate(_draft_logits_one_by_one(stack, ids, start, keep)):
                 row = n * (NEW - j) + start - PROMPT
                 torch.testing.assert_close(rollout.seen[j][row], expected, atol=1e-4, rtol=1e-4)
 

@@ -1,0 +1,269 @@
+"""`--selector auto`: a keep set improved by a short local search on predicted speed.
+
+FIT scores each layer in the full model, one at a time, so it knows neither what the kept layers do
+for each other nor that a branch may be had without its layer. From a start on (`selectors.py`: the best
+of FIT's keep sets and evenly spaced ones) each round tries to drop, add or swap branches and layers:
+
+1. One backward pass orders what could be added; every drop, shift and swap, and the best
+   additions, are screened by the overlap of their first step with the full model (`first_step.py`).
+2. The most promising are rolled out on the judging text. One is taken if its predicted speed exceeds
+   the present one's by more than the standard error of the difference, and is higher on
+   held-out text as well. With none the search ends.
+
+Every move is an improvement on the judging text, so the result is never below the start, or FIT, there. The plan's
+prediction is over both texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdfp_vllm.fit.cost import MeasuredCost
+from sdfp_vllm.fit.first_step import BRANCHES, FirstStep, gates_of
+from sdfp_vllm.fit.rollout import DraftRollout
+from sdfp_vllm.fit.rounds import AcceptedRuns
+from sdfp_vllm.fit.search import (
+    Choice,
+    Trial,
+    best_trial,
+    candidate,
+    choice,
+    could_win,
+    draft_lengths,
+)
+from sdfp_vllm.keep import Branch, KeepSet
+
+MAX_ROLLOUTS = 24  # on the judging text, those of FIT's search not counted
+SCREENED_TEXTS = 4  # attention goes text by text, so few whole texts are quicker than a little of each
+_ADDED, _SWAPPED = 12, 12  # additions and swaps that are screened
+_TRIED = 4  # rolled out before a round gives up
+
+Unit = tuple[Branch, int]
+
+
+@dataclass(frozen=True)
+class LocalSearch:
+    """What a local search works with.
+
+    Attributes:
+        judging, held: Rollouts on the text that moves are judged on, and on the text that confirms them.
+        draft_tokens: Fixes the draft length.
+        budget: Keep sets may cost at most what this many layers do; None for no bound.
+        whole: Keep whole layers only.
+        advance: Called with a line of news after each rollout.
+    """
+
+    judging: DraftRollout
+    held: DraftRollout
+    cost: MeasuredCost
+    draft_tokens: int | None = None
+    budget: int | None = None
+    whole: bool = False
+    advance: Callable[[str], None] | None = None
+
+    def improve(self, start: Choice) -> Choice:
+        """The best keep set found from `start`'s on; its curve, with the sets taken on the way."""
+        lengths = draft_lengths(self.draft_tokens)
+        screen = FirstStep(self.judging, SCREENED_TEXTS)
+        now = best_trial(start.keep, start.runs, self.cost, lengths)
+        held = self._confirm(now)
+        path = [(now, held)]
+        tried, rollouts = {now.keep}, 0
+        while rollouts < MAX_ROLLOUTS:
+            moves = self._moves(now, screen, tried)
+            for keep in moves[: min(_TRIED, MAX_ROLLOUTS - rollouts)]:
+                tried.add(keep)
+                rollouts += 1
+                runs = self.judging.run(
+                    keep, lengths[-1], proceed=could_win(self.cost, keep, lengths, now.speedup)
+                )
+                taken = None
+                if runs.steps >= lengths[0]:
+                    taken = self._judge(best_trial(keep, runs, self.cost, lengths), now, held)
+                if self.advance:
+                    self.advance(f"{now.keep.size:g} layers x {now.draft_tokens} tokens: {now.speedup:.2f}x")
+                if taken:
+                    now, held = taken
+                    path.append(taken)
+                    break
+            else:
+                break
+        return self._result(start, path)
+
+    def _judge(self, trial: Trial, now: Trial, held: AcceptedRuns) -> tuple[Trial, AcceptedRuns] | None:
+        gain, error = log_gain(trial, now, self.cost)
+        if gain <= error:
+            return None
+        confirmed = self._confirm(trial)
+        on_held, _ = log_gain(_with(trial, confirmed), _with(now, held), self.cost)
+        return (trial, confirmed) if on_held > 0 else None
+
+    def _confirm(self, trial: Trial) -> AcceptedRuns:
+        return self.held.run(trial.keep, trial.runs.steps)
+
+    def _result(self, start: Choice, path: Sequence[tuple[Trial, AcceptedRuns]]) -> Choice:
+        lengths = draft_lengths(self.draft_tokens)
+        both = [best_trial(t.keep, pooled(t.runs, h), self.cost, lengths) for t, h in path]
+        seen = {t.keep for t in both}
+        curve = [c for c in start.curve if c.keep not in seen]
+        curve += [candidate(t.keep, t.runs, self.cost) for t in both]
+        curve.sort(key=lambda c: c.keep.size)
+        return choice(both[-1], curve, self.cost, self.draft_tokens)
+
+    # ------------------------------------------------------------ moves
+    def _moves(self, now: Trial, screen: FirstStep, tried: set[KeepSet]) -> list[KeepSet]:
+        """Untried neighbours of `now` that the screen expects to be faster, the best first."""
+        keep, n = now.keep, self.cost.num_layers
+        fewer = self._possible((without(keep, u) for u in units(keep, n, kept=True, whole=self.whole)), now)
+        more = self._additions(now, screen)
+        moves = [m for m in [*fewer, *more, *shifts(keep, n)] if self._admits(m)]
+        moves += self._swaps(now, screen, fewer, more)
+        expected = self._expected(now, screen)
+        speed = {m: expected(m) for m in self._possible(moves, now) if m not in tried}
+        return sorted((m for m in speed if speed[m] > now.speedup), key=lambda m: -speed[m])
+
+    def _swaps(
+        self, now: Trial, screen: FirstStep, fewer: Sequence[KeepSet], more: Sequence[KeepSet]
+    ) -> list[KeepSet]:
+        """One drop and one addition at once: those that promise most if what each does to the overlap adds up."""
+        promise: dict[KeepSet, float] = {}
+        for add in more:
+            for drop in fewer:
+                both = _merge(now.keep, drop, add)
+                if self._admits(both):
+                    promise[both] = screen.overlap(drop) + screen.overlap(add)
+        return sorted(promise, key=lambda m: -promise[m])[:_SWAPPED]
+
+    def _additions(self, now: Trial, screen: FirstStep) -> list[KeepSet]:
+        """With the branches or layers added that would lower the divergence the most."""
+        n = self.cost.num_layers
+        absent = list(units(now.keep, n, kept=False, whole=self.whole))
+        if not any(self._could_win(with_(now.keep, u), now) for u in absent):
+            return []
+        _, slope = screen.divergence(gates_of(now.keep, n))
+        absent.sort(key=lambda unit: sum(float(slope[i, BRANCHES.index(b)]) for b, i in unit))
+        return [with_(now.keep, u) for u in absent[:_ADDED]]
+
+    def _could_win(self, keep: KeepSet, now: Trial) -> bool:
+        """Whether `keep` would be faster than `now` if every draft were accepted."""
+        return max(self.cost.speedup(keep, k, k + 1) for k in draft_lengths(self.draft_tokens)) > now.speedup
+
+    def _expected(self, now: Trial, screen: FirstStep) -> Callable[[KeepSet], float]:
+        """The speed that the screen expects of a keep set, scaled by what it would expect of `now`."""
+        lengths = draft_lengths(self.draft_tokens)
+        tokens = now.runs.rounds(now.draft_tokens).mean_accepted_length
+        scale = tokens / _expected_tokens(screen.overlap(now.keep), now.draft_tokens)
+
+        def expected(keep: KeepSet) -> float:
+            overlap = screen.overlap(keep)
+            return max(self.cost.speedup(keep, k, scale * _expected_tokens(overlap, k)) for k in lengths)
+
+        return expected
+
+    def _possible(self, keeps: Iterable[KeepSet], now: Trial) -> list[KeepSet]:
+        """Those that are drafts and could beat `now`, each once."""
+        return [
+            k
+            for k in dict.fromkeys(keeps)
+            if (k.layers or k.attention) and k.size < self.cost.num_layers and self._could_win(k, now)
+        ]
+
+    def _admits(self, keep: KeepSet) -> bool:
+        if self.budget is None:
+            return True
+        return self.cost.forward_ms(keep, 1) <= self.cost.forward_ms(self.budget, 1) * (1 + 1e-9)
+
+
+def units(keep: KeepSet, num_layers: int, *, kept: bool, whole: bool) -> Iterator[tuple[Unit, ...]]:
+    """What can be dropped (`kept`) or added: layers, and unless `whole` single branches."""
+    for i in range(num_layers):
+        there: list[Unit] = [(b, i) for b in BRANCHES if (b in keep.branches(i)) == kept]
+        if len(there) == 2:
+            yield tuple(there)
+        if not whole:
+            yield from ((unit,) for unit in there)
+
+
+def without(keep: KeepSet, unit: Sequence[Unit]) -> KeepSet:
+    return _from(_units(keep) - set(unit))
+
+
+def with_(keep: KeepSet, unit: Sequence[Unit]) -> KeepSet:
+    return _from(_units(keep) | set(unit))
+
+
+def shifts(keep: KeepSet, num_layers: int) -> list[KeepSet]:
+    """Each kept layer, or lone branch, moved to the nearest layer on either side that is skipped."""
+    touched, moved = set(keep.touched()), []
+    for i in keep.touched():
+        mine: list[Unit] = [(b, i) for b in BRANCHES if b in keep.branches(i)]
+        for step in (-1, 1):
+            j = i + step
+            while j in touched:
+                j += step
+            if 0 <= j < num_layers:
+                moved.append(_from((_units(keep) - set(mine)) | {(b, j) for b, _ in mine}))
+    return moved
+
+
+def log_gain(trial: Trial, now: Trial, cost: MeasuredCost) -> tuple[float, float]:
+    """Log of the predicted speeds' ratio, and its standard error: a jackknife over the text's sequences.
+
+    Both ran over the same text, so that most of its ups and downs cancel.
+    """
+    ours, theirs = (_tokens_and_rounds(t) for t in (trial, now))
+    time = cost.round_ms(now.keep, now.draft_tokens) / cost.round_ms(trial.keep, trial.draft_tokens)
+
+    def gain(of: Tensor) -> float:
+        (a, b), (c, d) = (x[of].sum(0).tolist() for x in (ours, theirs))
+        return math.log(a * d / (b * c) * time) if b and d else 0.0
+
+    every = torch.arange(len(ours))
+    n = len(every)
+    left_out = [gain(every[every != i]) for i in range(n)] if n > 1 else [0.0]
+    mean = sum(left_out) / len(left_out)
+    error = math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in left_out))
+    return gain(every), error
+
+
+def pooled(a: AcceptedRuns, b: AcceptedRuns) -> AcceptedRuns:
+    """Runs over two texts as those over one; of as many steps as both were run."""
+    steps = min(a.steps, b.steps)
+    lengths = torch.cat([a.lengths, b.lengths]).clamp(max=steps)
+    return AcceptedRuns(lengths, torch.cat([a.ends, b.ends]), steps)
+
+
+def _tokens_and_rounds(trial: Trial) -> Tensor:
+    """float64 [N, 2]: by sequence, tokens that its rounds yield and the number of rounds."""
+    rows = []
+    for lengths, end in zip(trial.runs.lengths, trial.runs.ends, strict=True):
+        alone = AcceptedRuns(lengths[None], end[None], trial.runs.steps).rounds(trial.draft_tokens)
+        rows.append((alone.count + sum(alone.accepted), alone.count))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _with(trial: Trial, runs: AcceptedRuns) -> Trial:
+    return Trial(trial.keep, runs, trial.draft_tokens, trial.speedup)
+
+
+def _expected_tokens(acceptance: float, draft_tokens: int) -> float:
+    """Tokens a round if every draft is accepted with the same chance (Leviathan et al. 2023, eq. 1)."""
+    return sum(acceptance**j for j in range(draft_tokens + 1))
+
+
+def _units(keep: KeepSet) -> set[Unit]:
+    return {(b, i) for i in keep.touched() for b in keep.branches(i)}
+
+
+def _from(kept: set[Unit]) -> KeepSet:
+    return KeepSet.from_branches(*({i for b, i in kept if b == branch} for branch in BRANCHES))
+
+
+def _merge(keep: KeepSet, fewer: KeepSet, more: KeepSet) -> KeepSet:
+    """`fewer`'s drop and `more`'s addition, both at once."""
+    return _from(_units(fewer) | (_units(more) - _units(keep)))

@@ -1,0 +1,69 @@
+"""Single branches of layers in the engine: what is drafted is what the offline job computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import assert_identical, engine, runner, spec_counters, write_plan
+from test_bridged_drafts import NEW, K, check_rollout, draft_offline, drafts_of
+
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.stack import DecoderStack, load_target
+from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.runtime.branches import AttentionBranch, MlpBranch
+
+pytestmark = pytest.mark.engine
+# Of 16 layers: a lone branch first (no residual yet) and last (the final norm adds it).
+KEEP = KeepSet(layers=(2, 14), attention=(0, 5, 8), mlp=(4, 15))
+FIELDS = {f"kept_{name}": list(getattr(KEEP, name)) for name in ("layers", "attention", "mlp")}
+
+
+def test_drafts_are_the_offline_jobs(target, prompts, plain_tokens, tmp_path):
+    stack = DecoderStack(load_target(target, torch.float32))
+    plan = write_plan(target, tmp_path, KEEP.layers, K, **FIELDS, curve=[])
+    some = [p for p in prompts if 8 <= len(p) < 100][:4]
+    with engine(target, {"method": "sdfp", "model": plan}) as llm:
+        answers, rounds = drafts_of(llm, some)
+        assert spec_counters(llm)["num_draft_tokens"] > 0
+        drafter = runner(llm).drafter
+        kinds = [type(step) for step in drafter.model.kept]
+        assert kinds.count(AttentionBranch) == 3 and kinds.count(MlpBranch) == 2 and len(kinds) == 7
+        assert {int(n.split(".")[2]) for n in drafter._draft_attn_layer_names} == {0, 2, 5, 8, 14}
+        mine = {id(p) for p in drafter.model.parameters()}
+        assert mine <= {id(p) for p in runner(llm).model.parameters()}  # no weight was copied
+    want = [plain_tokens[prompts.index(p)] for p in some]
+    assert_identical([[a[0]] for a in answers], [[w[0][:NEW]] for w in want])
+
+    different = 0
+    for prompt, answer, seen in zip(some, answers, rounds, strict=True):
+        text = prompt + answer[0]
+        for start, drafted in list(seen.items())[:6]:
+            if start < len(text):
+                assert drafted == draft_offline(stack, KEEP, None, text[: start + 1])
+                different += drafted != draft_offline(stack, KeepSet(KEEP.layers), None, text[: start + 1])
+        check_rollout(stack, KEEP, {}, prompt, text, seen)
+    assert different > 5
+
+
+def test_the_keep_set_is_part_of_the_config_its_hash_and_its_repr(target, tmp_path):
+    from vllm import EngineArgs
+
+    def config_of(name: str, **kept):
+        plan = write_plan(target, tmp_path / name, (2, 14), K, curve=[], **kept)
+        settings = {"method": "sdfp", "model": plan}
+        args = EngineArgs(str(target), dtype="float32", speculative_config=settings)
+        return args.create_engine_config().speculative_config
+
+    whole, attention = config_of("whole"), config_of("attention", kept_attention=[5])
+    mlp, both = config_of("mlp", kept_mlp=[5]), config_of("both", **FIELDS)
+    assert len({c.compute_hash() for c in (whole, attention, mlp, both)}) == 4
+    assert both.keep == KEEP and "kept_attention=[0, 5, 8], kept_mlp=[4, 15]" in repr(both)
+
+
+def test_a_draft_without_attention_is_refused(target, tmp_path):
+    plan = write_plan(target, tmp_path, [0], K, kept_layers=[], kept_mlp=[0, 15], curve=[])
+    with (
+        pytest.raises(SdfpError, match=r"keeps no attention \(MLP of 0 15\)"),
+        engine(target, {"method": "sdfp", "model": plan}),
+    ):
+        pass

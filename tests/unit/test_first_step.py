@@ -1,0 +1,61 @@
+"""The smooth judge of one draft step: against distributions computed by hand and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_rollout import _text, _tiny
+
+from sdfp_vllm.fit.first_step import FirstStep, gates_of
+from sdfp_vllm.fit.rollout import DraftRollout
+from sdfp_vllm.fit.shared_attention import rollout_attention
+from sdfp_vllm.keep import KeepSet
+
+KEEP = KeepSet(layers=(3,), attention=(0,), mlp=(1,))
+
+
+@pytest.fixture(params=["llama", "gemma3_text", "qwen3"], name="rollout", scope="module")
+def _rollout(request) -> DraftRollout:
+    stack = _tiny(request.param)
+    return DraftRollout(stack, _text(stack))
+
+
+@torch.no_grad()
+def distributions(rollout: DraftRollout, keep: KeepSet | None) -> torch.Tensor:
+    rows = rollout.all_rows()
+    ids = rollout.text.ids[rows.sequence, rows.start]
+    whole = KeepSet(tuple(range(rollout.stack.num_layers)))
+    with rollout.stack.keeping(keep or whole), rollout_attention(rollout.stack):
+        return rollout.stack.head(rollout.hidden(ids, rows.start, rows)).softmax(-1)
+
+
+def test_overlap_and_divergence_are_those_of_the_distributions(rollout):
+    first, p, q = FirstStep(rollout), distributions(rollout, None), distributions(rollout, KEEP)
+    assert first.overlap(KEEP) == pytest.approx(float(torch.minimum(p, q).sum(-1).mean()), abs=1e-5)
+    loss, _ = first.divergence(gates_of(KEEP, 4))
+    assert loss == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+    assert first.overlap(KEEP) < 0.99 and loss > 0.01
+    ones = torch.ones(4, 2)
+    assert first.overlap(KeepSet((0, 1, 2, 3))) == pytest.approx(1.0, abs=1e-5)
+    assert first.divergence(ones)[0] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_derivative_is_the_loss_s_slope_also_where_a_gate_is_shut(rollout):
+    first, gates = FirstStep(rollout), gates_of(KEEP, 4)
+    _, slope = first.divergence(gates)
+    step = 1e-2
+    for i, j in ((0, 0), (0, 1), (2, 0), (2, 1), (3, 1)):
+        change = torch.zeros(4, 2)
+        change[i, j] = step
+        rise = first.divergence(gates + change)[0] - first.divergence(gates - change)[0]
+        assert slope[i, j].item() == pytest.approx(rise / (2 * step), rel=0.05, abs=2e-3)
+
+
+def test_a_part_of_the_text():
+    stack = _tiny()
+    rollout = DraftRollout(stack, _text(stack, sequences=4))
+    few = FirstStep(rollout, sequences=2)
+    again = FirstStep(DraftRollout(stack, rollout.text.split(2)[0]))
+    assert few.overlap(KEEP) == pytest.approx(again.overlap(KEEP), abs=1e-6)
+    assert few.overlap(KEEP) != pytest.approx(FirstStep(rollout).overlap(KEEP), abs=1e-6)
+    assert stack.model.model.layers is stack.layers
