@@ -52,6 +52,7 @@ from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.tokenizer import load_tokenizer
 
 DRAFT_TOKENS = 4
+TEST_TEXTS = 64  # more than are searched on: with 16, luck decided between near equals
 RESULT = Path(__file__).parent / "results" / "selectors.json"
 _SWIFT = {"window": 32, "tries": 1000, "patience": 300, "enough": 0.95, "bayes": 25}
 _KAPPA = 2.5  # of the upper confidence bound, as SWIFT sets it
@@ -80,7 +81,9 @@ class Bench:
         self.n, self.dv_tries = self.stack.num_layers, draft_verify_tries
         tokenizer = load_tokenizer(folder)
         count = o.text_sequences
-        prompts = load_calibration(None, tokenizer, sequences=3 * count, length=o.prompt, seed=o.seed + 1)
+        prompts = load_calibration(
+            None, tokenizer, sequences=2 * count + TEST_TEXTS, length=o.prompt, seed=o.seed + 1
+        )
         text = greedy_continuations(self.stack, prompts.ids, o.new_tokens)
         judging, rest = text.split(count)
         held, test = rest.split(count)  # type: ignore[union-attr]
@@ -317,6 +320,7 @@ def compare(folder: Path, budgets: list[int], draft_verify_tries: int) -> dict[s
         "layers": bench.n,
         "parameters": sum(p.numel() for p in bench.stack.model.parameters()),
         "draft_tokens": DRAFT_TOKENS,
+        "test_texts": TEST_TEXTS,
         "draft_verify_tries": draft_verify_tries,
         "fisher_cpu_seconds": round(bench.fisher_seconds, 2),
         "attention_share": round(bench.cost.attention[0], 3),

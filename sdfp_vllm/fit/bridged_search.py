@@ -32,11 +32,16 @@ MARGIN = 1.02
 
 @dataclass(frozen=True)
 class BridgedChoice:
-    """What the search found, the bridges it found it with (none: empty), and the cost it reckoned with."""
+    """What the search found, the bridges it found it with (none: empty), and the cost it reckoned with.
+
+    `judged` is its speed on the judging text alone, where variants are compared; a selector that
+    confirms on held-out text predicts from both.
+    """
 
     choice: Choice
     fitted: FittedBridges
     cost: MeasuredCost
+    judged: float
 
     def cost_model(self) -> CostModel:
         """The plan's record of the cost: the bridges' time is part of a draft step's overhead."""
@@ -84,9 +89,12 @@ def search_bridged(
     for variant in VARIANTS[request]:
         bar = 0.0
         if best is not None:
-            bar = best.choice.prediction.speedup * (1.0 if best.fitted.runs else MARGIN)
+            bar = best.judged * (1.0 if best.fitted.runs else MARGIN)
         if variant is None and unbridged is not None:
-            best = BridgedChoice(unbridged(), FittedBridges(), cost)
+            choice = unbridged()
+            rounds = rollout.run(choice.keep, choice.draft_tokens).rounds(choice.draft_tokens)
+            judged = cost.speedup(choice.keep, choice.draft_tokens, rounds.mean_accepted_length)
+            best = BridgedChoice(choice, FittedBridges(), cost, judged)
             continue
         found = _search(variant, bar, rollout, fitter, scores, cost, options)
         best = found or best
@@ -105,12 +113,15 @@ def _search(
 ) -> BridgedChoice | None:
     if variant is None:
         choice = search_above(bar, rollout, scores, cost, **options)
-        return BridgedChoice(choice, FittedBridges(), cost) if choice else None
+        return BridgedChoice(choice, FittedBridges(), cost, choice.prediction.speedup) if choice else None
     assert fitter is not None
     bridged = BridgedRollout(rollout, fitter, *variant)
     cost = replace(cost, bridge_ms=measure_bridge_ms(rollout.stack, fitter.blank(*variant)))
     choice = search_above(bar, bridged, scores, cost, **options)  # type: ignore[arg-type]
-    return BridgedChoice(choice, bridged.fitted[tuple(choice.kept_layers)], cost) if choice else None
+    if choice is None:
+        return None
+    fitted = bridged.fitted[tuple(choice.kept_layers)]
+    return BridgedChoice(choice, fitted, cost, choice.prediction.speedup)
 
 
 def check_bridge(request: str) -> None:
