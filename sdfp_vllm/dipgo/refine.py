@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdfp_vllm.dipgo.cost import Cost
 from sdfp_vllm.dipgo.layout import Gates, Layout
 from sdfp_vllm.dipgo.macs import MacCount
 from sdfp_vllm.dipgo.runtime import Skipping
@@ -20,17 +21,18 @@ MAX_SWAPS = 8
 
 @dataclass(frozen=True)
 class Task:
-    """What is searched over: a denoiser's units, how they are reused, what they cost, and how much may run."""
+    """What is searched over: a denoiser's units, how they are reused, and how much of `cost` may be spent."""
 
     sampler: Sampler
     layout: Layout
     macs: MacCount
+    cost: Cost
     reuse: str
     order: int
     budget: float
 
     def fits(self, gates: Gates) -> bool:
-        return self.macs.share(self.layout.closure(gates, self.reuse)) <= self.budget
+        return self.cost.share(self.layout.closure(gates, self.reuse)) <= self.budget
 
     def run(self, gates: Gates, seeds: Sequence[int]) -> Tensor:
         """Latents of `seeds` with `gates`, units left out for real."""
@@ -49,16 +51,16 @@ def log_error(latents: Tensor, full: Tensor) -> float:
 
 
 def greedy(task: Task, surrogate: Surrogate) -> Gates:
-    """Closes gates one by one, each time the one with the least predicted error per MAC saved, down to the budget."""
+    """Closes gates one by one, each time the one with the least predicted error per cost saved, down to the budget."""
     gates = np.ones((task.sampler.calls, len(task.layout.units)), dtype=bool)
     while not task.fits(gates):
-        share, loss = task.macs.share(gates), surrogate.loss(gates)
+        share, loss = task.cost.share(gates), surrogate.loss(gates)
         best, best_price = gates, np.inf
         for t, i in _after_first(gates):
             trial = gates.copy()
             trial[t, i] = False
             trial = task.layout.closure(trial, task.reuse)
-            price = (surrogate.loss(trial) - loss) / (share - task.macs.share(trial))
+            price = (surrogate.loss(trial) - loss) / (share - task.cost.share(trial))
             if price < best_price:
                 best, best_price = trial, price
         if best is gates:
