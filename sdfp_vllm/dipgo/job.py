@@ -26,7 +26,7 @@ from sdfp_vllm.dipgo.objective import Consistency
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 from sdfp_vllm.dipgo.plan import DipgoPlan, Provenance, Quality, rows
 from sdfp_vllm.dipgo.quality import psnr, ssim
-from sdfp_vllm.dipgo.refine import Task, greedy, log_error, path, refine
+from sdfp_vllm.dipgo.refine import Task, evenly, greedy, log_error, path, refine, slide
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.stopwatch import measure_latency
 from sdfp_vllm.dipgo.surrogate import record
@@ -229,7 +229,11 @@ def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path 
             surrogate = record(sampler, task.layout, task.reuse, task.order, seeds, options.projections)
             gates = greedy(task, surrogate)
             # The surrogate's optimum is not always better than what greedy closing finds: both are tried.
-            for candidate in [gates, *path(task, surrogate, gates)[-1:]]:
+            candidates = [gates, *path(task, surrogate, gates)[-1:]]
+            # Nor is either always better than even steps, where few are left.
+            if granularity == "step":
+                candidates.append(evenly(task))
+            for candidate in candidates:
                 error = log_error(task.run(candidate, compare), full)
                 if error < best_error:
                     best, best_error = Found(granularity, task, candidate), error
@@ -237,6 +241,10 @@ def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path 
     assert best is not None
     with progress.step("Refining", options.rounds) as advance:
         gates = refine(best.task, best.gates, compare, full, options.rounds, options.projections, advance)
+    if best.granularity == "step" and options.rounds:
+        with progress.step("Moving steps", 1) as advance:
+            gates = slide(best.task, gates, compare, full)
+            advance(1)
     return Found(best.granularity, best.task, gates)
 
 
