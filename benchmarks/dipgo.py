@@ -2,6 +2,7 @@
 
     python benchmarks/dipgo.py dit  --out benchmarks/results/dipgo_dit.json
     python benchmarks/dipgo.py unet --out benchmarks/results/dipgo_unet.json [--rivals FOLDER]
+    python benchmarks/dipgo.py unet --only-ours --out benchmarks/results/dipgo_unet_ours.json
 
 Every method gets at most the budget's share of the full run's MACs, give or take 0.5 % of them for
 what always runs. Searches see other seeds than
@@ -138,7 +139,7 @@ def cpu_seconds() -> Iterator[list[float]]:
     spent.append(time.process_time() - began)
 
 
-def add_methods(bench: Bench, iterations: int, rounds: int) -> None:
+def add_methods(bench: Bench, iterations: int) -> None:
     sampler = bench.sampler
     for budget in BUDGETS:
         fewer = Sampler(bench.pipe, bench.conditions, int(budget * sampler.calls), GUIDANCE)
@@ -171,10 +172,12 @@ def add_methods(bench: Bench, iterations: int, rounds: int) -> None:
         gates = gates_at_budget(scores, budget, task.layout, task.macs, "output")
         bench.gates(f"DiP-GO as in the paper, {iterations} iterations", budget, task, gates, spent[0])
 
+
+def add_ours(bench: Bench, rounds: int) -> None:
     for budget in BUDGETS:
         options = SearchOptions(steps=STEPS, budget=budget, guidance_scale=GUIDANCE, rounds=rounds)
         with cpu_seconds() as spent, stages(bench.console) as progress:
-            found = find(sampler, options, progress)
+            found = find(bench.sampler, options, progress)
         way = f"{found.granularity}, {found.task.reuse}, order {found.task.order}"
         bench.console.print(f"ours at {budget:.0%}: {way}")
         bench.gates("ours", budget, found.task, found.gates, spent[0])
@@ -297,6 +300,7 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--iterations", type=int, default=100, help="of the learned search")
     p.add_argument("--rounds", type=int, default=2, help="of refinement")
+    p.add_argument("--only-ours", action="store_true")
     p.add_argument("--rivals", type=Path, help="folder with DeepCache and cache-dit")
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -306,7 +310,9 @@ def main() -> None:
     if a.rivals:
         sys.path.append(str(a.rivals))
         (add_cache_dit if a.model == "dit" else add_deepcache)(bench)
-    add_methods(bench, a.iterations, a.rounds)
+    if not a.only_ours:
+        add_methods(bench, a.iterations)
+    add_ours(bench, a.rounds)
     entries = measure(bench, a.repeats)
     title = f"Digits {a.model}: {STEPS} steps {type(bench.pipe.scheduler).__name__}, guidance {GUIDANCE:g}, {a.images} images"
     show(console, title, entries)

@@ -41,14 +41,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{count:,} greedy answers are plain vLLM's, token for token")
 
 
-# Triton decides once per process whether its kernels are interpreted, so these two folders are
-# collected in a run of their own (`make test` makes both), and the others are not.
-_INTERPRETED = {"kernels", "v2"}
+# Two runs of their own (`make test` makes all three): Triton decides once per process whether its kernels are
+# interpreted, and modules of vLLM-Omni are not to be loaded beside engines.
+_RUNS = {"kernels": "interpreted", "v2": "interpreted", "omni": "omni"}
 _HERE = Path(__file__).parent
+
+
+def _this_run() -> str | None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreted"
+    return "omni" if os.environ.get("VLLM_OMNI_FOLDER") else None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     part = collection_path.relative_to(_HERE).parts[:1] if collection_path.is_relative_to(_HERE) else ()
     if not part or part[0].endswith(".py"):
         return None
-    return (part[0] in _INTERPRETED) != (os.environ.get("TRITON_INTERPRET") == "1") or None
+    return _RUNS.get(part[0]) != _this_run() or None

@@ -30,6 +30,7 @@ from sdfp_vllm.demo.target import demo_draft, demo_target
 from sdfp_vllm.demo.widen import read_config
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fingerprint import fingerprint
+from sdfp_vllm.machine import processor
 from sdfp_vllm.measure import EngineSpec, Measurement, one_by_one, run_engines
 from sdfp_vllm.plan import PLAN_FILE, SkipPlan, default_plan_dir, load_plan
 from sdfp_vllm.source_tree import git_sha
@@ -241,18 +242,10 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "git_sha": git_sha(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:

@@ -11,12 +11,20 @@ dipgo_app = typer.Typer(no_args_is_help=True, help="Skip the work a diffusion mo
 
 _Out = Annotated[Path, typer.Option("-o", "--out", help="Plan file (.json) or folder for it.")]
 
+_Cost = Annotated[
+    str, typer.Option(help="What a budget is a share of: macs, or latency as measured on this machine.")
+]
+
 
 @dipgo_app.command("search")
 def search_command(
     pipeline: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline.")],
     steps: Annotated[int, typer.Option(help="num_inference_steps the plan is for.")] = 50,
-    budget: Annotated[float, typer.Option(help="Share of the full run's MACs to spend.")] = 0.5,
+    budget: Annotated[float, typer.Option(help="Share of the full run to spend, in --cost.")] = 0.5,
+    cost: _Cost = "macs",
+    latency_images: Annotated[
+        int, typer.Option(help="Images generated at once when latency is measured.")
+    ] = 1,
     method: Annotated[
         str, typer.Option(help="fisher (recorded sensitivities, refined) or learned (the paper's pruner).")
     ] = "fisher",
@@ -57,6 +65,8 @@ def search_command(
     options = SearchOptions(
         steps=steps,
         budget=budget,
+        cost=cost,  # type: ignore[arg-type]
+        latency_images=latency_images,
         method=method,  # type: ignore[arg-type]  # search() refuses what it does not know
         granularity=granularity,  # type: ignore[arg-type]
         reuse=reuse,  # type: ignore[arg-type]
@@ -99,8 +109,9 @@ def show_command(
 @dipgo_app.command("budget")
 def budget_command(
     plan: Annotated[Path, typer.Argument(help="Plan of a learned search.")],
-    budget: Annotated[float, typer.Argument(help="Share of the full run's MACs to spend.")],
+    budget: Annotated[float, typer.Argument(help="Share of the full run to spend, in --cost.")],
     out: _Out,
+    cost: _Cost = "macs",
 ) -> None:
     """Makes a plan for another budget from a learned search, without searching again."""
     from sdfp_vllm.dipgo.budget import rebudget
@@ -108,7 +119,7 @@ def budget_command(
     from sdfp_vllm.dipgo.report import verdict
     from sdfp_vllm.terminal import console
 
-    made = rebudget(load_plan(plan), budget)
+    made = rebudget(load_plan(plan), budget, cost)  # type: ignore[arg-type]  # refuses what it does not know
     path = made.save(out)
     console().print(f"{verdict(made)}\nPlan: {path}", soft_wrap=True)
 

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from sdfp_vllm import __version__
-from sdfp_vllm.dipgo.budget import gates_at_budget
+from sdfp_vllm.dipgo.budget import check_cost, gates_at_budget
+from sdfp_vllm.dipgo.cost import Cost, CostName
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint
+from sdfp_vllm.dipgo.latency import Latency
 from sdfp_vllm.dipgo.layout import Gates, Granularity, layout_of
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
 from sdfp_vllm.dipgo.macs import count_macs
@@ -24,8 +26,9 @@ from sdfp_vllm.dipgo.objective import Consistency
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 from sdfp_vllm.dipgo.plan import DipgoPlan, Provenance, Quality, rows
 from sdfp_vllm.dipgo.quality import psnr, ssim
-from sdfp_vllm.dipgo.refine import Task, greedy, log_error, path, refine
+from sdfp_vllm.dipgo.refine import Task, evenly, greedy, log_error, path, refine, slide
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
+from sdfp_vllm.dipgo.stopwatch import measure_latency
 from sdfp_vllm.dipgo.surrogate import record
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.progress import Stages, stages
@@ -45,7 +48,9 @@ class SearchOptions:
     Attributes:
         method: "fisher" (surrogate and refinement; ours) or "learned" (the paper's pruner network).
         granularity, reuse, order: None: for "fisher", what does best of all; for "learned", the paper's.
-        budget: Share of the full run's MACs that may be spent.
+        budget: Share of the full run's cost that may be spent.
+        cost: What the budget is a share of: MACs, or latency measured here.
+        latency_images: Images that are generated at once when latency is measured.
         images: Images that a recording runs at once, and that gates are compared on.
         projections: Backward passes of a recording.
         rounds: Of refinement.
@@ -55,6 +60,8 @@ class SearchOptions:
 
     steps: int = 50
     budget: float = 0.5
+    cost: CostName = "macs"
+    latency_images: int = 1
     method: Method = "fisher"
     granularity: Granularity | None = None
     reuse: Literal["output", "residual"] | None = None
@@ -111,11 +118,13 @@ def search(
         units=list(found.task.layout.units),
         executed=rows(found.gates),
         macs=found.task.macs,
+        latency=found.task.cost if isinstance(found.task.cost, Latency) else None,
         quality=quality(found.task, found.gates, seeds),
         scores=None if found.scores is None else found.scores.tolist(),
         made=Provenance(
             method=options.method,
             budget=options.budget,
+            cost=options.cost,
             guidance_scale=options.guidance_scale,
             seed=options.seed,
             iterations=options.iterations if options.method == "learned" else options.rounds,
@@ -144,7 +153,20 @@ def quality(task: Task, gates: Gates, seeds: list[int]) -> Quality:
     )
 
 
-def task_of(sampler: Sampler, granularity: Granularity, reuse: str, order: int, budget: float) -> Task:
+def task_of(
+    sampler: Sampler,
+    granularity: Granularity,
+    reuse: str,
+    order: int,
+    budget: float,
+    cost: CostName = "macs",
+    latency_images: int = 1,
+) -> Task:
+    """The task of a way of reuse; `cost` "latency" measures it first.
+
+    Raises:
+        SdfpError: If the denoiser does not allow the way, or the budget is less than any plan costs.
+    """
     layout = layout_of(sampler.denoiser, granularity)
     if reuse == "residual" and not layout.residual:
         raise SdfpError(
@@ -155,18 +177,29 @@ def task_of(sampler: Sampler, granularity: Granularity, reuse: str, order: int, 
     macs = count_macs(sampler.denoiser, layout, *sampler.first_call())
     least = np.zeros((sampler.calls, len(layout.units)), dtype=bool)
     least[0] = True
-    if budget < (share := macs.share(least)):
+    counted: Cost = macs
+    if cost == "latency":
+        counted = measure_latency(sampler, layout, reuse, order, latency_images)
+    if budget < (share := counted.share(least)):
         raise SdfpError(
             f"--budget {budget:g}",
-            f"is less than the first call and what always runs, {share:.3f}",
+            f"is less than the first call and what always runs, {share:.3f} of the {cost}",
             f"Give at least {share + 0.001:.3f}, or more steps.",
         )
-    return Task(sampler, layout, macs, reuse, order, budget)
+    return Task(sampler, layout, macs, counted, reuse, order, budget)
 
 
 def _learned(sampler: Sampler, options: SearchOptions, progress: Stages, state_file: Path | None) -> Found:
     granularity: Granularity = options.granularity or "block"
-    task = task_of(sampler, granularity, options.reuse or "output", options.order or 0, options.budget)
+    task = task_of(
+        sampler,
+        granularity,
+        options.reuse or "output",
+        options.order or 0,
+        options.budget,
+        options.cost,
+        options.latency_images,
+    )
     chain = task.layout.residual or granularity == "step"
     settings = LearnSettings(
         iterations=options.iterations,
@@ -180,7 +213,7 @@ def _learned(sampler: Sampler, options: SearchOptions, progress: Stages, state_f
             sampler, task.layout, task.macs, task.reuse, settings, state_file, options.resume, advance
         )
     return Found(
-        granularity, task, gates_at_budget(scores, options.budget, task.layout, task.macs, task.reuse), scores
+        granularity, task, gates_at_budget(scores, options.budget, task.layout, task.cost, task.reuse), scores
     )
 
 
@@ -196,7 +229,11 @@ def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path 
             surrogate = record(sampler, task.layout, task.reuse, task.order, seeds, options.projections)
             gates = greedy(task, surrogate)
             # The surrogate's optimum is not always better than what greedy closing finds: both are tried.
-            for candidate in [gates, *path(task, surrogate, gates)[-1:]]:
+            candidates = [gates, *path(task, surrogate, gates)[-1:]]
+            # Nor is either always better than even steps, where few are left.
+            if granularity == "step":
+                candidates.append(evenly(task))
+            for candidate in candidates:
                 error = log_error(task.run(candidate, compare), full)
                 if error < best_error:
                     best, best_error = Found(granularity, task, candidate), error
@@ -204,6 +241,10 @@ def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path 
     assert best is not None
     with progress.step("Refining", options.rounds) as advance:
         gates = refine(best.task, best.gates, compare, full, options.rounds, options.projections, advance)
+    if best.granularity == "step" and options.rounds:
+        with progress.step("Moving steps", 1) as advance:
+            gates = slide(best.task, gates, compare, full)
+            advance(1)
     return Found(best.granularity, best.task, gates)
 
 
@@ -216,7 +257,10 @@ def _ways(sampler: Sampler, options: SearchOptions) -> list[tuple[Granularity, T
     ):
         residual = layout_of(sampler.denoiser, granularity).residual
         reuse = options.reuse or ("residual" if residual else "output")
-        ways.append((granularity, task_of(sampler, granularity, reuse, order, options.budget)))
+        task = task_of(
+            sampler, granularity, reuse, order, options.budget, options.cost, options.latency_images
+        )
+        ways.append((granularity, task))
     return ways
 
 
@@ -229,11 +273,15 @@ def check(options: SearchOptions) -> None:
         ("--rounds", options.rounds, 0),
         ("--test-images", options.test_images, 1),
         ("--iterations", options.iterations, 1),
+        ("--latency-images", options.latency_images, 1),
     ):
         if value < low:
             raise SdfpError(flag, f"is {value}", f"Give at least {low}.")
     if not 0 < options.budget <= 1:
-        raise SdfpError("--budget", f"is {options.budget:g}", "Give the share of MACs to spend, in (0, 1].")
+        raise SdfpError(
+            "--budget", f"is {options.budget:g}", "Give the share of the full run to spend, in (0, 1]."
+        )
+    check_cost(options.cost)
     for flag, text, known in (
         ("--method", options.method, ("fisher", "learned")),
         ("--granularity", options.granularity, (None, "block", "step")),

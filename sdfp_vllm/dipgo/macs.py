@@ -6,22 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdfp_vllm.dipgo.cost import Cost
 from sdfp_vllm.dipgo.layout import Gates, Layout
 
 
-class MacCount(BaseModel):
+class MacCount(Cost):
     """MACs of one denoiser call for one batch row. A call costs `rest` always, `units[i]` if unit i runs.
 
     `rows_per_image` is 2 with classifier-free guidance (condition and null condition in one batch).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     units: list[int] = Field(min_length=1)
     rest: int = Field(ge=0)
@@ -33,19 +31,7 @@ class MacCount(BaseModel):
         return self.rows_per_image * (calls * self.rest + int(executed.sum(0) @ np.array(self.units)))
 
     def share(self, executed: Gates) -> float:
-        """`per_image` over that of the full run."""
         return self.per_image(executed) / self.per_image(np.ones_like(executed))
-
-    def cascade(self, layout: Layout, reuse: str) -> NDArray[np.float64]:
-        """DiP-GO's gamma: the share of a call's MACs saved by closing unit i alone, with what that makes useless."""
-        n = len(self.units)
-        everything = np.ones((1, n), dtype=bool)
-        gamma = np.empty(n)
-        for i in range(n):
-            gates = everything.copy()
-            gates[0, i] = False
-            gamma[i] = 1 - self.share(layout.closure(gates, reuse))
-        return gamma
 
 
 def count_macs(

@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdfp_vllm.dipgo.cost import CostName
 from sdfp_vllm.dipgo.fingerprint import PipelineFingerprint, SchedulerFingerprint
+from sdfp_vllm.dipgo.latency import Latency
 from sdfp_vllm.dipgo.layout import Gates, Unit
 from sdfp_vllm.dipgo.macs import MacCount
 from sdfp_vllm.plan_file import read_plan, write_plan
@@ -46,6 +48,7 @@ class Provenance(_Strict):
 
     method: str
     budget: Share
+    cost: CostName = "macs"
     guidance_scale: Finite
     seed: int
     iterations: int = Field(ge=0)
@@ -64,6 +67,7 @@ class DipgoPlan(_Strict):
     "output") or what it adds to its input ("residual") is taken from earlier calls: the last
     value (`order` 0), or the straight line through the last two (`order` 1). `scores`, where
     present, are the learned chances that a gate is kept, from which other budgets follow.
+    `latency` is there where the budget was a share of it, and holds for the machine it names.
     """
 
     schema_version: Literal[1] = 1
@@ -76,6 +80,7 @@ class DipgoPlan(_Strict):
     units: list[Unit] = Field(min_length=1)
     executed: list[Row] = Field(min_length=1)
     macs: MacCount
+    latency: Latency | None = None
     quality: Quality | None = None
     scores: list[list[Share]] | None = None
     made: Provenance
@@ -96,6 +101,8 @@ class DipgoPlan(_Strict):
             raise ValueError("executed: the first call must run every unit, there is nothing to reuse yet")
         if len(self.macs.units) != units:
             raise ValueError(f"macs.units has {len(self.macs.units)} entries for {units} units")
+        if self.latency is not None and len(self.latency.units) != units:
+            raise ValueError(f"latency.units has {len(self.latency.units)} entries for {units} units")
         if self.scores is not None and (
             len(self.scores) != calls or any(len(row) != units for row in self.scores)
         ):
@@ -110,6 +117,11 @@ class DipgoPlan(_Strict):
     def compute_share(self) -> float:
         """MACs of this plan over those of the full run."""
         return self.macs.share(self.gates)
+
+    @property
+    def latency_share(self) -> float | None:
+        """Predicted time of this plan over that of the full run, on the machine that `latency` names."""
+        return None if self.latency is None else self.latency.share(self.gates)
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan atomically to `path`, a .json file or a folder, and returns the file's path.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdfp_vllm.dipgo.cost import Cost
 from sdfp_vllm.dipgo.layout import Gates, Layout
 from sdfp_vllm.dipgo.macs import MacCount
 from sdfp_vllm.dipgo.runtime import Skipping
@@ -16,21 +17,23 @@ from sdfp_vllm.dipgo.sampling import Sampler
 from sdfp_vllm.dipgo.surrogate import Surrogate, record
 
 MAX_SWAPS = 8
+MAX_SLIDING = 15.0  # full generations' worth of MACs
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is searched over: a denoiser's units, how they are reused, what they cost, and how much may run."""
+    """What is searched over: a denoiser's units, how they are reused, and how much of `cost` may be spent."""
 
     sampler: Sampler
     layout: Layout
     macs: MacCount
+    cost: Cost
     reuse: str
     order: int
     budget: float
 
     def fits(self, gates: Gates) -> bool:
-        return self.macs.share(self.layout.closure(gates, self.reuse)) <= self.budget
+        return self.cost.share(self.layout.closure(gates, self.reuse)) <= self.budget
 
     def run(self, gates: Gates, seeds: Sequence[int]) -> Tensor:
         """Latents of `seeds` with `gates`, units left out for real."""
@@ -49,16 +52,16 @@ def log_error(latents: Tensor, full: Tensor) -> float:
 
 
 def greedy(task: Task, surrogate: Surrogate) -> Gates:
-    """Closes gates one by one, each time the one with the least predicted error per MAC saved, down to the budget."""
+    """Closes gates one by one, each time the one with the least predicted error per cost saved, down to the budget."""
     gates = np.ones((task.sampler.calls, len(task.layout.units)), dtype=bool)
     while not task.fits(gates):
-        share, loss = task.macs.share(gates), surrogate.loss(gates)
+        share, loss = task.cost.share(gates), surrogate.loss(gates)
         best, best_price = gates, np.inf
         for t, i in _after_first(gates):
             trial = gates.copy()
             trial[t, i] = False
             trial = task.layout.closure(trial, task.reuse)
-            price = (surrogate.loss(trial) - loss) / (share - task.macs.share(trial))
+            price = (surrogate.loss(trial) - loss) / (share - task.cost.share(trial))
             if price < best_price:
                 best, best_price = trial, price
         if best is gates:
@@ -99,6 +102,52 @@ def path(task: Task, surrogate: Surrogate, gates: Gates, swaps_at_most: int = MA
         gates = best
         way.append(gates)
     return way
+
+
+def evenly(task: Task) -> Gates:
+    """Whole calls that run, evenly spaced from the first on, as many as the budget allows."""
+    calls, units = task.sampler.calls, len(task.layout.units)
+    for count in range(calls, 1, -1):
+        gates = np.zeros((calls, units), dtype=bool)
+        gates[np.arange(count) * calls // count] = True
+        if task.fits(gates):
+            return gates
+    return np.arange(calls)[:, None].repeat(units, 1) == 0
+
+
+def slides(gates: Gates) -> list[Gates]:
+    """Every pattern with two neighbouring calls changed over, where that changes anything; the first call stays."""
+    found = []
+    for t in range(1, len(gates) - 1):
+        if (gates[t] != gates[t + 1]).any():
+            trial = gates.copy()
+            trial[[t, t + 1]] = trial[[t + 1, t]]
+            found.append(trial)
+    return found
+
+
+def slide(
+    task: Task, gates: Gates, seeds: Sequence[int], full: Tensor, generations: float = MAX_SLIDING
+) -> Gates:
+    """Moves whole calls to neighbouring places, each time the move that lowers the real error most, until none does.
+
+    Costs nothing of the budget, for the same units run as often. Where few calls are left the recorded prediction is
+    far from what it was recorded on, and a generation costs little: so each move is tried for real.
+
+    Args:
+        full: Latents of the full run on `seeds`.
+        generations: What the trials may cost together, in full generations.
+    """
+    error = log_error(task.run(gates, seeds), full)
+    while True:
+        trials = slides(gates)
+        generations -= len(trials) * task.macs.share(gates)
+        if not trials or generations < 0:
+            return gates
+        least, best = min((log_error(task.run(g, seeds), full), i) for i, g in enumerate(trials))
+        if least >= error:
+            return gates
+        gates, error = trials[best], least
 
 
 def refine(

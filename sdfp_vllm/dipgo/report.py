@@ -22,6 +22,12 @@ def verdict(plan: DipgoPlan) -> str:
         f"{plan.scheduler.num_inference_steps} steps), {int((~plan.gates).sum())} of {plan.gates.size} "
         f"{plan.granularity} gates closed, taking the {_REUSE[plan.reuse, plan.order]}"
     )
+    if plan.latency:
+        text += (
+            f"; predicted {plan.latency_share:.2f} of the full run's time "
+            f"({plan.latency.seconds(plan.gates):.3g} s of {plan.latency.full:.3g} s "
+            f"for {plan.latency.images} at once on {plan.latency.machine})"
+        )
     if plan.quality:
         q = plan.quality
         text += f"; against the full run PSNR {q.psnr:.1f} dB, SSIM {q.ssim:.4f} on {q.images} unseen seeds"
@@ -48,7 +54,7 @@ def tables(plan: DipgoPlan) -> Group:
         f"{plan.pipeline} ({plan.fingerprint.denoiser})",
         verdict(plan),
         table,
-        f"Made {made.created} by the {made.method} search (budget {made.budget:g}, guidance "
+        f"Made {made.created} by the {made.method} search (budget {made.budget:g} of {made.cost}, guidance "
         f"{made.guidance_scale:g}, seed {made.seed}) in {made.search_seconds:.0f} s; sdfp {made.sdfp_version}, "
         f"torch {made.torch_version}, diffusers {made.diffusers_version}.",
     )

@@ -8,7 +8,6 @@ from memory and not from the processor's cache.
 
 from __future__ import annotations
 
-import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.integration.cpu_linear import engine_linear, engine_linear_name
 from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
+from sdfp_vllm.machine import processor
 from sdfp_vllm.plan import CostModel
 
 # Engine time per round and per draft step besides the linear algebra (scheduling, metadata,
@@ -282,12 +282,4 @@ def _timed(part: Callable[[Tensor], object], x: Tensor) -> float:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({_cpu_model()}), {engine_linear_name()} kernels"
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return f"CPU ({processor()}), {engine_linear_name()} kernels"

@@ -15,7 +15,7 @@ from sdfp_vllm.dipgo.macs import count_macs
 from sdfp_vllm.dipgo.objective import consistency
 from sdfp_vllm.dipgo.pruner import Pruner, straight_through
 from sdfp_vllm.dipgo.quality import psnr, ssim
-from sdfp_vllm.dipgo.refine import greedy, log_error, path, refine
+from sdfp_vllm.dipgo.refine import evenly, greedy, log_error, path, refine, slide, slides
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.dipgo.supernet import SuperNet
 from sdfp_vllm.dipgo.surrogate import record
@@ -231,6 +231,29 @@ def test_greedy_refinement_and_choice_keep_to_the_budget_and_improve():
     better = refine(task, bad, SEEDS, full, rounds=2, projections=4)
     assert log_error(task.run(better, SEEDS), full) < log_error(task.run(bad, SEEDS), full)
     assert task.fits(better)
+
+
+def test_sliding_moves_calls_until_no_neighbouring_place_is_better():
+    sampler = tiny_sampler("dit", steps=8)
+    task = task_of(sampler, "step", "output", 0, 0.5)
+    full = sampler.latents(SEEDS)
+    start = np.array([True] + [False] * 4 + [True] * 3)[:, None]  # the noisiest calls left out
+    assert len(slides(start)) == 1 and all(g[0].all() and g.sum() == 4 for g in slides(start))
+    end = slide(task, start, SEEDS, full, generations=1000)
+    error = log_error(task.run(end, SEEDS), full)
+    assert error < log_error(task.run(start, SEEDS), full)
+    assert all(log_error(task.run(g, SEEDS), full) >= error for g in slides(end))
+    assert (
+        slide(task, start, SEEDS, full, generations=0.4) == start
+    ).all()  # one trial costs half a generation
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"), [(1.0, "11111"), (0.6, "11010"), (0.45, "10100"), (0.2, "10000")]
+)
+def test_even_steps_fill_the_budget(budget, kept):
+    task = task_of(tiny_sampler("dit"), "step", "output", 0, budget)
+    assert ["01"[int(g)] for g in evenly(task)[:, 0]] == list(kept)
 
 
 @pytest.mark.parametrize("method", ["fisher", "learned"])

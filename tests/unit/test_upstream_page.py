@@ -1,4 +1,4 @@
-"""docs/upstream.md lists what the code imports, and vLLM is imported nowhere else."""
+"""docs/upstream.md lists what the code imports, and vLLM and vLLM-Omni are imported nowhere else."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sdfp_vllm"
 
 
-def vllm_imports(path: Path) -> list[tuple[str, str]]:
+def vllm_imports(path: Path, package: str = "vllm") -> list[tuple[str, str]]:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
             found += [(node.module or "", a.name) for a in node.names]
         elif isinstance(node, ast.Import):
-            found += [(a.name, a.name) for a in node.names if a.name.split(".")[0] == "vllm"]
+            found += [(a.name, a.name) for a in node.names if a.name.split(".")[0] == package]
     return found
 
 
@@ -34,6 +34,23 @@ def test_every_symbol_is_on_the_page():
         for module, name in vllm_imports(path):
             shown = name if name[0] != "_" and name != module else module
             assert f"`{shown}`" in page or shown in page, f"{shown} ({path.name}) is not in docs/upstream.md"
+
+
+def test_vllm_omni_is_touched_in_its_package_only_and_what_is_touched_is_on_the_page():
+    page = (ROOT / "docs" / "upstream.md").read_text().split("## vLLM-Omni")[1]
+    for path in PACKAGE.rglob("*.py"):
+        here = path.parent.name == "omni"
+        for module, name in vllm_imports(path, "vllm_omni"):
+            assert here, f"{path}: {module}.{name}"
+            assert f"`{name}`" in page and f"`{module}`" in page, (
+                f"{module}.{name} is not in docs/upstream.md"
+            )
+        # Modules that are imported by their name in a string, to be patched.
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and str(node.value).startswith("vllm_omni."):
+                assert here and f"`{node.value}`" in page, (
+                    f"{node.value} ({path.name}) is not in docs/upstream.md"
+                )
 
 
 def test_transformers_imports_from_the_repository_root():
