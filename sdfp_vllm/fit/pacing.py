@@ -50,14 +50,18 @@ def measure_pacing(
     kept, overhead = KeepSet.of(keep), cost.draft_overhead_ms
     return Pacing(
         rows=cost.rows,
-        # More rows never cost less: where the clock says so it was disturbed.
-        target_ms=list(accumulate((cost.forward_ms(cost.num_layers, m) for m in cost.rows), max)),
-        draft_ms=list(accumulate((cost.draft_ms(kept, m) - overhead for m in cost.rows), max)),
+        target_ms=_ascending([cost.forward_ms(cost.num_layers, m) for m in cost.rows]),
+        draft_ms=_ascending([cost.draft_ms(kept, m) - overhead for m in cost.rows]),
         draft_overhead_ms=overhead,
         round_overhead_ms=cost.round_overhead_ms,
         acceptance=runs.rounds(steps).acceptance,
         confidence=chances.tolist(),
     )
+
+
+def _ascending(times: list[float]) -> list[float]:
+    """More rows never cost less, and disturbances only add time: each time is at most the least after it."""
+    return list(accumulate(reversed(times), min))[::-1]
 
 
 def confidence_prior(acceptance: float) -> list[float]:

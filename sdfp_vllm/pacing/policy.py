@@ -13,7 +13,8 @@ step is run the next draft's chance is that of its position; once it is run, tha
 Exact for sampled requests: whether a token is drafted or kept depends on what stood before it and on
 the distribution it is drawn from, never on the token drawn.
 
-Costs come from the plan, not from a clock, so that every tensor-parallel worker decides alike.
+Costs are the plan's, corrected by a clock where one worker decides; tensor-parallel workers must decide alike and
+go by the plan.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sdfp_vllm.pacing.live import LiveCosts
 from sdfp_vllm.pacing.ngram import LONGEST, Match
 from sdfp_vllm.pacing.odds import Average, Odds, PositionOdds
 from sdfp_vllm.pacing.pauses import Pauses
@@ -39,6 +41,7 @@ class Row:
     Attributes:
         kind: GREEDY or SAMPLED; None where nothing is to be drafted (in the middle of its prefill).
         match: What the context offers as drafts.
+        most: Drafts that are of use: one less than the tokens it may still be given.
         drafts: Drafts kept so far; of a row that copies, the length of the copy.
         copies: Whether its drafts are the match's tokens.
         chance: That all its drafts so far are accepted.
@@ -47,6 +50,7 @@ class Row:
 
     kind: int | None
     match: Match | None = None
+    most: int = 1 << 30
     drafts: int = 0
     copies: bool = False
     chance: float = 1.0
@@ -86,7 +90,7 @@ class Round:
         """Whether one more draft step pays for those still drafting."""
         if self.steps >= self._longest:
             return False
-        active = [row for row in self.rows if row.drafting]
+        active = [row for row in self.rows if row.drafting and row.drafts < row.most]
         if not active:
             return False
         if not self.steps:
@@ -104,7 +108,7 @@ class Round:
             if row.drafting:
                 bucket = confidence_bin(value)
                 row.chance *= self._policy.confidence[row.kind or GREEDY][bucket]
-                keep = row.chance > self.rate * self.row_ms()
+                keep = row.chance > self.rate * self.row_ms() and row.drafts < row.most
                 if keep:
                     row.drafts += 1
                     row.bins.append(bucket)
@@ -117,23 +121,22 @@ class Round:
     def ms(self) -> float:
         """What the round costs: its draft steps and its verification."""
         costs = self._policy.costs
-        return (
-            self.steps * costs.step_ms(self.batch) + costs.verify_ms(self._verified) + costs.round_overhead_ms
-        )
+        return self.steps * costs.step_ms(self.batch) + costs.verify_ms(self._verified)
 
 
 class DraftPolicy:
     """What is learned from round to round, and the rules that use it.
 
     Args:
-        costs: The plan's; what the policy begins with.
+        plan: The plan's chances and times, what the policy begins with; `costs.verified` and `costs.stepped` may be
+            told what a clock says.
         longest: Most drafts of one request in a round.
     """
 
-    def __init__(self, costs: Pacing, longest: int):
-        self.costs, self.longest = costs, longest
-        self.position = [PositionOdds(costs.acceptance, longest) for _ in (GREEDY, SAMPLED)]
-        self.confidence = [Odds(costs.confidence) for _ in (GREEDY, SAMPLED)]
+    def __init__(self, plan: Pacing, longest: int):
+        self.costs, self.longest = LiveCosts(plan), longest
+        self.position = [PositionOdds(plan.acceptance, longest) for _ in (GREEDY, SAMPLED)]
+        self.confidence = [Odds(plan.confidence) for _ in (GREEDY, SAMPLED)]
         # Copies: by how many tokens already agree, the match and the copies before. n / (n + 1) is the rule of
         # succession after n successes in a row, with no failure seen; it fades within a few dozen rounds.
         self.copying = Odds([n / (n + 1) for n in range(1, LONGEST + 1)], weight=4.0)
@@ -172,11 +175,7 @@ class DraftPolicy:
         for k in range(1, self.longest + 1):
             chance *= self.position[GREEDY][k - 1]
             tokens += chance
-            ms = (
-                k * self.costs.step_ms(batch)
-                + self.costs.verify_ms(batch * (k + 1))
-                + self.costs.round_overhead_ms
-            )
+            ms = k * self.costs.step_ms(batch) + self.costs.verify_ms(batch * (k + 1))
             best = max(best, (batch * tokens / ms, ms))
         return best
 
@@ -192,18 +191,21 @@ class DraftPolicy:
         request takes the better of its copy and k model drafts at the price of their rows alone, and the best
         k decides. The round may still stop sooner, or go on.
         """
-        rows = [row for row in round.rows if row.kind is not None]
-        copies = [self._copy(row.match, round) for row in rows]
+        rows = [row for row in round.rows if row.kind is not None and row.most > 0]
+        copies = [self._copy(row, round) for row in rows]
         gains = {kind: self._model_gains(kind, round) for kind in {row.kind for row in rows}}
         step_ms = self.costs.step_ms(round.batch)
 
         def total(k: int) -> float:
-            taken = (max(gain, gains[row.kind][k]) for row, (_, gain) in zip(rows, copies, strict=True))
+            taken = (
+                max(gain, gains[row.kind][min(k, row.most)])
+                for row, (_, gain) in zip(rows, copies, strict=True)
+            )
             return sum(taken) - round.rate * k * step_ms
 
         best = max(range(round.longest + 1), key=total) if self._value(round.batch).value > 0 else 0
         for row, (length, gain) in zip(rows, copies, strict=True):
-            row.copies = length > 0 and gain >= gains[row.kind][best]
+            row.copies = length > 0 and gain >= gains[row.kind][min(best, row.most)]
             row.drafts = length if row.copies else 0
             row.drafting = not row.copies
         if best:
@@ -211,13 +213,14 @@ class DraftPolicy:
         # Now and then although it has not paid of late, to see whether it would.
         round.first_step = best > 0 or (any(row.drafting for row in rows) and self._pauses.over(round.batch))
 
-    def _copy(self, match: Match | None, round: Round) -> tuple[int, float]:
+    def _copy(self, row: Row, round: Round) -> tuple[int, float]:
         """(tokens to copy, what they gain in tokens), the best length of the match."""
         best = (0, 0.0)
+        match = row.match
         if match is None:
             return best
         chance, gain = 1.0, 0.0
-        for j in range(1, min(len(match.tokens), round.longest) + 1):
+        for j in range(1, min(len(match.tokens), round.longest, row.most) + 1):
             chance *= self.copying[match.length + j - 2]
             gain += chance
             best = max(best, (j, gain - round.rate * round.row_ms(j)), key=lambda b: b[1])

@@ -8,6 +8,7 @@ that may differ in number between requests, so synchronous scheduling.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,10 +97,12 @@ class Pacer:
         policy: Decides.
         runner: vLLM's V1 model runner; read late.
         copies: Whether drafts may be copied from the context.
+        timed: Whether this worker's clock corrects the plan's costs; not where several workers must decide alike.
     """
 
-    def __init__(self, policy: DraftPolicy, runner: Any, copies: bool):
-        self.policy, self._runner, self._copies = policy, runner, copies
+    def __init__(self, policy: DraftPolicy, runner: Any, copies: bool, timed: bool):
+        self.policy, self._runner, self._copies, self._timed = policy, runner, copies, timed
+        self._left = 0.0  # when the last round's drafting ended
         self._open: tuple[Round, list[str], list[int]] | None = None
         self.tally = Tally()
 
@@ -120,9 +123,12 @@ class Pacer:
         Returns:
             The drafts per request, and their distributions, float32 [batch, longest, vocabulary], where sampled.
         """
-        batch = self._runner.input_batch
-        ids = list(batch.req_ids)
+        came = time.perf_counter()
+        ids = list(self._runner.input_batch.req_ids)
+        count = sum(map(len, verified.tokens))
         settled = self._settle(ids, verified)
+        if settled and self._timed:
+            self.policy.costs.verified(count, (came - self._left) * 1e3)
         rows = self._rows(verified, sampling)
         round = self.policy.begin(rows)
         drafts: list[list[int]] = [
@@ -130,9 +136,13 @@ class Pacer:
         ]
         probs: list[torch.Tensor] = []
         while round.goes_on():
+            began = time.perf_counter()
             step = next(steps)
             assert step.confidence is not None
-            kept = round.saw(step.confidence.tolist())
+            confidence = step.confidence.tolist()
+            if self._timed:
+                self.policy.costs.stepped(round.batch, (time.perf_counter() - began) * 1e3)
+            kept = round.saw(confidence)
             for draft, token, keep in zip(drafts, step.tokens.tolist(), kept, strict=True):
                 if keep:
                     draft.append(token)
@@ -143,8 +153,10 @@ class Pacer:
             ids,
             [p[0] + n + 1 for p, n in zip(verified.positions, verified.accepted, strict=True)],
         )
-        self.tally.add(round, sum(map(len, verified.tokens)) if settled else None)
-        return drafts, None if sampling.all_greedy else _distributions(drafts, rows, probs)
+        self.tally.add(round, count if settled else None)
+        out = None if sampling.all_greedy else _distributions(drafts, rows, probs)
+        self._left = time.perf_counter()
+        return drafts, out
 
     def _rows(self, verified: Verified, sampling: SamplingMetadata) -> list[Row]:
         batch = self._runner.input_batch
@@ -155,11 +167,17 @@ class Pacer:
             sampled = (temperature[: len(waits)] >= _GREEDY_BELOW).tolist()
         rows = []
         for i, (wait, draws) in enumerate(zip(waits, sampled, strict=True)):
-            row = Row(None if wait else SAMPLED if draws else GREEDY)
+            row = Row(None if wait else SAMPLED if draws else GREEDY, most=self._tokens_left(i, verified) - 1)
             if self._copies and not wait:
                 row.match = latest_longest_match(self._context(batch, i, verified), self.policy.longest)
             rows.append(row)
         return rows
+
+    def _tokens_left(self, i: int, verified: Verified) -> int:
+        """Tokens that request i may still be given after the one just sampled."""
+        request = self._runner.requests[self._runner.input_batch.req_ids[i]]
+        given = verified.positions[i][0] + verified.accepted[i] + 2 - request.num_prompt_tokens
+        return (request.sampling_params.max_tokens or 1 << 30) - given
 
     @staticmethod
     def _context(batch: Any, i: int, verified: Verified) -> np.ndarray:
@@ -176,24 +194,23 @@ class Pacer:
             return False
         (round, asked, positions), self._open = self._open, None
         where = {request: i for i, request in enumerate(ids)}
-        accepted, tried, whole = [], [], True
+        seen = 0
+        accepted, tried = [], []
         for row, request, position in zip(round.rows, asked, positions, strict=True):
             i = where.get(request, -1)
-            if row.kind is None:
+            if row.kind is None or i < 0 or verified.positions[i][0] != position:
+                row.kind = None  # in its prefill, or gone: finished, aborted, preempted
                 accepted.append(0)
                 tried.append(0)
                 continue
-            if i < 0 or verified.positions[i][0] != position:  # preempted, aborted, or not in this step
-                whole = False
-                break
+            seen += 1
             accepted.append(verified.accepted[i])
             tried.append(len(verified.tokens[i]) - 1)
             if row.match:
                 came = verified.tokens[i][1 : verified.accepted[i] + 1]
                 self.policy.learn_copying(row.match, [*came, verified.sampled[i]])
-        if whole:
-            self.policy.settle(round, accepted, tried)
-        return whole and all(row.kind is not None for row in round.rows) and len(ids) <= len(asked)
+        self.policy.settle(round, accepted, tried)
+        return seen == len(ids)
 
 
 def _distributions(

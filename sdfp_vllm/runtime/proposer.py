@@ -59,7 +59,8 @@ class SdfpProposer(DraftModelProposer):
         # Drafts that differ in number between requests need the host between steps.
         if config.pacing is not None and not self.vllm_config.scheduler_config.async_scheduling:
             policy = DraftPolicy(Pacing.model_validate(config.pacing), config.num_speculative_tokens)
-            self.pacer = Pacer(policy, self.runner, copies=config.ngram)
+            alone = self.vllm_config.parallel_config.world_size == 1
+            self.pacer = Pacer(policy, self.runner, copies=config.ngram, timed=alone)
 
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None

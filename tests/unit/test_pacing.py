@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sdfp_vllm.pacing.batch import BatchPolicy
+from sdfp_vllm.pacing.live import LiveCosts
 from sdfp_vllm.pacing.ngram import LONGEST, Match, latest_longest_match
 from sdfp_vllm.pacing.odds import Average, Odds, PositionOdds
 from sdfp_vllm.pacing.policy import GREEDY, DraftPolicy, Round, Row
@@ -121,6 +122,55 @@ def test_requests_of_a_batch_stop_each_by_its_own_confidence():
         round.saw([1.0, 0.2, 1.0])
     assert [row.drafts for row in round.rows] == [4, 0, 0]
     assert round.verified == 3 + 4
+
+
+def test_no_draft_is_made_for_tokens_that_a_request_may_not_be_given():
+    sure = costs(acceptance=[1.0], confidence=[1.0] * BINS, draft_ms=[0.1, 0.2])
+    policy = DraftPolicy(sure, longest=8)
+    match = Match(LONGEST, [1] * 8)
+    rows = [
+        Row(GREEDY, most=0, match=match),
+        Row(GREEDY, most=2, match=match),
+        Row(GREEDY, most=3),
+        Row(GREEDY, most=0),
+    ]
+    round = policy.begin(rows)
+    while round.goes_on():
+        round.saw([1.0] * 4)
+    assert [row.drafts for row in rows] == [0, 2, 3, 0] and round.steps == 3
+    round = policy.begin([Row(GREEDY, most=0)])
+    assert not round.goes_on()
+
+
+def test_a_clock_corrects_the_plan():
+    live = LiveCosts(costs())
+    planned = costs().verify_ms(8) + costs().round_overhead_ms
+    for _ in range(300):
+        live.verified(8, 2 * planned)
+        live.stepped(1, 3 * costs().step_ms(1))
+        live.verified(8, 50 * planned)  # an interruption
+    assert live.verify_ms(8) == pytest.approx(2 * planned, rel=0.05)
+    assert live.step_ms(1) == pytest.approx(3 * costs().step_ms(1), rel=0.05)
+    # What was never measured follows what was.
+    assert live.verify_ms(40) == pytest.approx(
+        2 * (costs().verify_ms(40) + costs().round_overhead_ms), rel=0.1
+    )
+    for _ in range(300):
+        live.verified(40, costs().verify_ms(40) + costs().round_overhead_ms)
+    assert live.verify_ms(8) == pytest.approx(2 * planned, rel=0.05)
+
+
+def test_a_plan_that_promises_too_much_is_found_out_by_the_clock():
+    """Rows cost far more than the plan says: drafts for a large batch pay by the plan and not in truth."""
+    plan = costs(target_ms=[10.0, 10.0 + 63 * 0.25], acceptance=[0.6] * 8, confidence=[0.6] * BINS)
+    policy = DraftPolicy(plan, longest=8)
+    _, _, first = simulate(policy, steady(0.6), 1, batch=16)
+    assert first[0].steps > 0
+    for _ in range(50):
+        for rows in (16, 32, 64):
+            policy.costs.verified(rows, 10.0 + rows * 2.0)
+    _, _, rounds = simulate(policy, steady(0.6), 1000, batch=16)
+    assert sum(round.steps > 0 for round in rounds[-300:]) < 20
 
 
 def test_the_longest_draft_is_never_exceeded():
