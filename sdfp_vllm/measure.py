@@ -8,6 +8,7 @@ warms it up, generates turn by turn and writes one JSON result.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import signal
@@ -28,6 +29,7 @@ _WARM_UP_TOKENS = 16
 _LOG_LINES = 25
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1
 # The engine core runs in the measured process: one process that computes, none that polls for it.
 # Its KV cache on a CPU is small, where vLLM by itself would claim nine tenths of the machine.
 _SETTINGS = {
@@ -340,8 +342,15 @@ def _draft_counters(llm: Any) -> dict[str, list[int]]:
     return found
 
 
+def die_with_parent() -> None:
+    """Ends this process when its parent does, however that ends: a stopped engine would else stay for ever (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """The engine's side: announces each moment of readiness with a byte, then waits for a line or the end of stdin."""
+    die_with_parent()
     folder = Path(sys.argv[1])
     with (folder / "progress").open("ab", buffering=0) as progress:
 

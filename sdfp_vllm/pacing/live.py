@@ -1,11 +1,12 @@
 """LiveCosts: the plan's costs, corrected by a clock while serving.
 
 A plan is made on an idle machine and times the model's own work; serving adds the engine's, shares the machine with
-others, or runs on another one. The shape of the plan's curves is kept, their height follows what is measured, by
-rows that are alike (the same power of two).
+others, or runs on another one. The shape of the plan's curves is kept, their height follows what is measured.
 """
 
 from __future__ import annotations
+
+from math import floor, log2
 
 from sdfp_vllm.pacing.odds import Average
 from sdfp_vllm.pacing.record import Pacing
@@ -16,24 +17,26 @@ _FURTHEST = 4.0  # what is further off than by this factor was an interruption, 
 
 
 class _Curve:
-    """Measured over planned time, by rows that are alike; where nothing is measured, that of all."""
+    """Measured over planned time, at powers of two of rows; linear between them, and that of all where nothing is measured."""
 
     def __init__(self) -> None:
         self._all = Average(1.0, _WEIGHT, _MEMORY)
-        self._alike: dict[int, Average] = {}
+        self._at: dict[int, Average] = {}
 
     def factor(self, rows: int) -> float:
-        alike = self._alike.get(rows.bit_length())
-        return (alike or self._all).value
+        where = log2(rows)
+        low = floor(where)
+        left, right = (self._at.get(i, self._all).value for i in (low, low + 1))
+        return left + (right - left) * (where - low)
 
     def observe(self, rows: int, planned: float, measured: float) -> None:
         factor = measured / planned
         if not 1 / _FURTHEST < factor < _FURTHEST:
             return
-        size = rows.bit_length()
-        if size not in self._alike:
-            self._alike[size] = Average(self._all.value, _WEIGHT, _MEMORY)
-        self._alike[size].observe(factor)
+        near = round(log2(rows))
+        if near not in self._at:
+            self._at[near] = Average(self._all.value, _WEIGHT, _MEMORY)
+        self._at[near].observe(factor)
         self._all.observe(factor)
 
 

@@ -4,7 +4,7 @@ A round of decoding yields one token a request and the drafts accepted, and cost
 the verification of all rows. With `rate`, the tokens per millisecond that rounds of this batch size
 have yielded lately, one more draft pays exactly if
 
-    chance that it counts  >  rate * milliseconds it adds
+    chance that it counts  >  CAUTION * rate * milliseconds it adds
 
 (the optimal-stopping rule of a renewal-reward process: stop where the marginal yield falls below the
 average one). The chance that draft j counts is the product of the chances of drafts 1..j. Before a
@@ -30,6 +30,9 @@ from sdfp_vllm.pacing.record import Pacing, confidence_bin
 
 # Rounds that decide whether drafting pays at all.
 VALUE_MEMORY = 32.0
+# What a draft must earn over its price: chances and costs are estimates, and requests of a batch that get ahead of the others
+# leave it smaller.
+CAUTION = 1.1
 # A model's confidence says something else about greedy tokens than about sampled ones.
 GREEDY, SAMPLED = 0, 1
 
@@ -65,7 +68,7 @@ class Round:
         self._policy, self.rows, self._longest = policy, rows, longest
         self.batch = len(rows)
         self.steps = 0
-        self.rate = policy.rate(self.batch)
+        self.price = CAUTION * policy.rate(self.batch)
         self._verified = self.batch
         self.first_step = False
         policy.assign(self)
@@ -81,7 +84,7 @@ class Round:
         """Rows that the next verification computes."""
         return self._verified
 
-    def row_ms(self, extra: int = 1) -> float:
+    def rows_ms(self, extra: int) -> float:
         """What `extra` more rows add to the verification, milliseconds."""
         costs = self._policy.costs
         return costs.verify_ms(self._verified + extra) - costs.verify_ms(self._verified)
@@ -97,18 +100,20 @@ class Round:
             return self.first_step
         position = self._policy.position
         gain = sum(row.chance * position[row.kind or GREEDY][self.steps] for row in active)
-        return gain > self.rate * (self._policy.costs.step_ms(self.batch) + self.row_ms(len(active)))
+        return gain > self.price * (self._policy.costs.step_ms(self.batch) + self.rows_ms(len(active)))
 
     def saw(self, confidence: Sequence[float]) -> list[bool]:
         """Takes a step's confidences, one per row; returns which rows keep the step's token as a draft."""
         self.steps += 1
+        drafting = max(1, sum(row.drafting for row in self.rows))
+        row_price = self.price * self.rows_ms(drafting) / drafting
         kept = []
         for row, value in zip(self.rows, confidence, strict=True):
             keep = False
             if row.drafting:
                 bucket = confidence_bin(value)
                 row.chance *= self._policy.confidence[row.kind or GREEDY][bucket]
-                keep = row.chance > self.rate * self.row_ms() and row.drafts < row.most
+                keep = row.chance > row_price and row.drafts < row.most
                 if keep:
                     row.drafts += 1
                     row.bins.append(bucket)
@@ -164,7 +169,7 @@ class DraftPolicy:
         size = batch.bit_length()
         if size not in self._values:
             rate, ms = self._best_fixed(batch)
-            gain = (rate - self.costs.plain_rate(batch)) * ms
+            gain = (rate - CAUTION * self.costs.plain_rate(batch)) * ms
             self._values[size] = Average(gain, VALUE_MEMORY / 4, VALUE_MEMORY)
         return self._values[size]
 
@@ -188,24 +193,34 @@ class DraftPolicy:
         """Gives each request the context's tokens, the model's drafts or nothing: what is expected to gain most.
 
         A draft step is run for the whole batch, so it is paid once: for every number k of draft steps each
-        request takes the better of its copy and k model drafts at the price of their rows alone, and the best
-        k decides. The round may still stop sooner, or go on.
+        request takes the better of its copy and at most k model drafts, and the k with the highest net gain
+        decides. The round may still stop sooner, or go on.
         """
         rows = [row for row in round.rows if row.kind is not None and row.most > 0]
-        copies = [self._copy(row, round) for row in rows]
-        gains = {kind: self._model_gains(kind, round) for kind in {row.kind for row in rows}}
+        if not rows:
+            return
+        copies = [self._copy(row, round, len(rows)) for row in rows]
+        tokens = {kind: self._expected(kind, round.longest) for kind in {row.kind for row in rows}}
         step_ms = self.costs.step_ms(round.batch)
 
-        def total(k: int) -> float:
-            taken = (
-                max(gain, gains[row.kind][min(k, row.most)])
-                for row, (_, gain) in zip(rows, copies, strict=True)
-            )
-            return sum(taken) - round.rate * k * step_ms
+        def net(k: int) -> float:
+            """Tokens gained by k draft steps, less what their time is worth."""
+            row_price = round.price * round.rows_ms(len(rows) * k) / (len(rows) * k) if k else 0.0
+            gained, drafts = 0.0, 0
+            for row, (length, copied, worth) in zip(rows, copies, strict=True):
+                own = min(k, row.most)
+                model = tokens[row.kind][own]
+                by_copy = length > 0 and worth >= model - own * row_price
+                gained += copied if by_copy else model
+                drafts += length if by_copy else own
+            return gained - round.price * (k * step_ms + round.rows_ms(drafts))
 
-        best = max(range(round.longest + 1), key=total) if self._value(round.batch).value > 0 else 0
-        for row, (length, gain) in zip(rows, copies, strict=True):
-            row.copies = length > 0 and gain >= gains[row.kind][min(best, row.most)]
+        pays = self._value(round.batch).value > 0
+        best = max(range(round.longest + 1), key=net) if pays else 0
+        row_price = round.price * round.rows_ms(len(rows) * best) / (len(rows) * best) if best else 0.0
+        for row, (length, _, worth) in zip(rows, copies, strict=True):
+            own = min(best, row.most)
+            row.copies = length > 0 and worth >= tokens[row.kind][own] - own * row_price
             row.drafts = length if row.copies else 0
             row.drafting = not row.copies
         if best:
@@ -213,27 +228,31 @@ class DraftPolicy:
         # Now and then although it has not paid of late, to see whether it would.
         round.first_step = best > 0 or (any(row.drafting for row in rows) and self._pauses.over(round.batch))
 
-    def _copy(self, row: Row, round: Round) -> tuple[int, float]:
-        """(tokens to copy, what they gain in tokens), the best length of the match."""
-        best = (0, 0.0)
-        match = row.match
-        if match is None:
+    def _copy(self, row: Row, round: Round, sharing: int) -> tuple[int, float, float]:
+        """(tokens to copy, those expected to be accepted, and that less their price): the best length of the match.
+
+        Args:
+            sharing: Requests that may copy as well: a row's price is that of as many.
+        """
+        best = (0, 0.0, 0.0)
+        if row.match is None:
             return best
         chance, gain = 1.0, 0.0
-        for j in range(1, min(len(match.tokens), round.longest, row.most) + 1):
-            chance *= self.copying[match.length + j - 2]
+        row_price = round.price * round.rows_ms(sharing) / sharing
+        for j in range(1, min(len(row.match.tokens), round.longest, row.most) + 1):
+            chance *= self.copying[row.match.length + j - 2]
             gain += chance
-            best = max(best, (j, gain - round.rate * round.row_ms(j)), key=lambda b: b[1])
+            if gain - j * row_price > best[2]:
+                best = (j, gain, gain - j * row_price)
         return best
 
-    def _model_gains(self, kind: int | None, round: Round) -> list[float]:
-        """Tokens that a request gains with 0, 1, 2, ... draft steps, which it need not all use; their price left out."""
-        gains, chance, gain = [0.0], 1.0, 0.0
-        for k in range(1, round.longest + 1):
-            chance *= self.position[kind or GREEDY][k - 1]
-            gain += chance
-            gains.append(max(gains[-1], gain - round.rate * round.row_ms(k)))
-        return gains
+    def _expected(self, kind: int | None, longest: int) -> list[float]:
+        """Drafts expected to be accepted of 0, 1, 2, ... that the model makes for a request."""
+        expected, chance = [0.0], 1.0
+        for j in range(longest):
+            chance *= self.position[kind or GREEDY][j]
+            expected.append(expected[-1] + chance)
+        return expected
 
     # ------------------------------------------------------------ what came of it
     def settle(self, round: Round, accepted: Sequence[int], tried: Sequence[int]) -> None:
@@ -265,7 +284,7 @@ class DraftPolicy:
                 + self.costs.verify_ms(round.verified)
                 - self.costs.verify_ms(round.verified - drafted)
             )
-            self._value(round.batch).observe(gained - self.costs.plain_rate(round.batch) * extra)
+            self._value(round.batch).observe(gained - CAUTION * self.costs.plain_rate(round.batch) * extra)
 
     def learn_copying(self, match: Match, actual: Sequence[int]) -> None:
         """Compares what a match offered with the tokens that came, whether it was used or not."""

@@ -162,7 +162,9 @@ def test_a_clock_corrects_the_plan():
 
 def test_a_plan_that_promises_too_much_is_found_out_by_the_clock():
     """More rows than one a request cost three times what the plan says: drafts for a large batch pay by the plan and not in truth."""
-    plan = costs(target_ms=[10.0, 10.0 + 63 * 0.25], acceptance=[0.6] * 8, confidence=[0.6] * BINS)
+    plan = costs(
+        target_ms=[10.0, 10.0 + 63 * 0.25], draft_ms=[0.5, 1.0], acceptance=[0.6] * 8, confidence=[0.6] * BINS
+    )
     policy = DraftPolicy(plan, longest=8)
     _, _, first = simulate(policy, steady(0.6), 1, batch=16)
     assert first[0].steps > 0
@@ -235,7 +237,7 @@ def test_copying_is_learned_from_matches_that_were_not_used():
 
 
 def test_one_request_that_copies_leaves_the_draft_steps_to_the_others():
-    policy = DraftPolicy(costs(), longest=8)
+    policy = DraftPolicy(costs(draft_ms=[0.5, 1.0]), longest=8)
     sure = Match(LONGEST, [5] * 8)
     for _ in range(50):
         policy.learn_copying(sure, sure.tokens)
