@@ -211,7 +211,7 @@ def predicted(model: Path) -> dict[str, Any]:
     choice = search(rollout, [score(i) for i in range(stack.num_layers)], cost, **fixed)  # type: ignore[arg-type]
     assert choice.kept_layers == KEEP
     began = time.perf_counter()
-    found = BridgedChoice(choice, FittedBridges(), cost)
+    found = BridgedChoice(choice, FittedBridges(), cost, choice.prediction.speedup)
     got = search_head("auto", found, rollout, lambda: torch.arange(vocab), vocab, draft_tokens=DRAFT_TOKENS)
     return {
         "full_head_speedup": round(choice.prediction.speedup, 3),

@@ -81,7 +81,7 @@ def search_head(
     bar = 0.0
     sizes = [request] if isinstance(request, int) else head_sizes(vocab_size)
     if request == "auto":
-        bar = found.choice.prediction.speedup * MARGIN
+        bar = found.judged * MARGIN
         free = replace(found.cost, draft_head=0.0)
         if not sizes or max(_estimate(c, free, lengths) for c in curve) <= bar:
             return RestrictedChoice(found)
@@ -145,7 +145,9 @@ def _chosen(
     point = candidate(option.keep, trial.runs, option.cost)
     curve = [point if c is option.candidate else c for c in found.choice.curve]
     served = choice(trial, curve, option.cost, draft_tokens)
-    return RestrictedChoice(replace(found, choice=served, cost=option.cost), option.tokens, option.coverage)
+    return RestrictedChoice(
+        replace(found, choice=served, cost=option.cost, judged=trial.speedup), option.tokens, option.coverage
+    )
 
 
 def _keep(candidate: Candidate) -> KeepSet:

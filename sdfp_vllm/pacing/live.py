@@ -6,38 +6,45 @@ others, or runs on another one. The shape of the plan's curves is kept, their he
 
 from __future__ import annotations
 
-from math import floor, log2
+from math import exp, floor, log, log2
 
-from sdfp_vllm.pacing.odds import Average
 from sdfp_vllm.pacing.record import Pacing
 
-_WEIGHT = 4.0  # observations that the plan's own figure is worth
-_MEMORY = 64.0
-_FURTHEST = 4.0  # what is further off than by this factor was an interruption, not a cost
+_SLOWEST = 1 / 16  # weight of the newest time, once there are many
+_FURTHEST = 0.7  # a time counts as at most this far from what is known (in logarithm): pauses are no costs
+
+
+class _Factor:
+    """Measured over planned time: a fading mean of logarithms that no single time moves far."""
+
+    def __init__(self, log_factor: float = 0.0):
+        self.log, self._times = log_factor, 0
+
+    def observe(self, log_factor: float) -> None:
+        self._times += 1
+        weight = max(_SLOWEST, 1 / (self._times + 4))
+        self.log += weight * max(-_FURTHEST, min(_FURTHEST, log_factor - self.log))
 
 
 class _Curve:
-    """Measured over planned time, at powers of two of rows; linear between them, and that of all where nothing is measured."""
+    """Factors at powers of two of rows; linear between them, and that of all where nothing is measured."""
 
     def __init__(self) -> None:
-        self._all = Average(1.0, _WEIGHT, _MEMORY)
-        self._at: dict[int, Average] = {}
+        self._all = _Factor()
+        self._at: dict[int, _Factor] = {}
 
     def factor(self, rows: int) -> float:
         where = log2(rows)
         low = floor(where)
-        left, right = (self._at.get(i, self._all).value for i in (low, low + 1))
-        return left + (right - left) * (where - low)
+        left, right = (self._at.get(i, self._all).log for i in (low, low + 1))
+        return exp(left + (right - left) * (where - low))
 
     def observe(self, rows: int, planned: float, measured: float) -> None:
-        factor = measured / planned
-        if not 1 / _FURTHEST < factor < _FURTHEST:
-            return
         near = round(log2(rows))
         if near not in self._at:
-            self._at[near] = Average(self._all.value, _WEIGHT, _MEMORY)
-        self._at[near].observe(factor)
-        self._all.observe(factor)
+            self._at[near] = _Factor(self._all.log)
+        for known in (self._at[near], self._all):
+            known.observe(log(measured / planned))
 
 
 class LiveCosts:

@@ -101,7 +101,7 @@ class Pacer:
     """
 
     def __init__(self, policy: DraftPolicy, runner: Any, copies: bool, timed: bool):
-        self.policy, self._runner, self._copies, self._timed = policy, runner, copies, timed
+        self.policy, self._runner, self._copies, self.timed = policy, runner, copies, timed
         self._left = 0.0  # when the last round's drafting ended
         self._open: tuple[Round, list[str], list[int]] | None = None
         self.tally = Tally()
@@ -127,7 +127,7 @@ class Pacer:
         ids = list(self._runner.input_batch.req_ids)
         count = sum(map(len, verified.tokens))
         settled = self._settle(ids, verified)
-        if settled and self._timed:
+        if settled and self.timed:
             self.policy.costs.verified(count, (came - self._left) * 1e3)
         rows = self._rows(verified, sampling)
         round = self.policy.begin(rows)
@@ -140,7 +140,7 @@ class Pacer:
             step = next(steps)
             assert step.confidence is not None
             confidence = step.confidence.tolist()
-            if self._timed:
+            if self.timed:
                 self.policy.costs.stepped(round.batch, (time.perf_counter() - began) * 1e3)
             kept = round.saw(confidence)
             for draft, token, keep in zip(drafts, step.tokens.tolist(), kept, strict=True):

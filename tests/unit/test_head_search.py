@@ -68,7 +68,7 @@ def test_a_head_of_all_tokens_changes_nothing_and_acceptance_never_exceeds_the_c
 def found(rollout: DraftRollout, **changes) -> BridgedChoice:
     cost = replace(flat_cost(4), **changes)
     choice = search(rollout, scores([4.0, 3.0, 2.0, 1.0]), cost)
-    return BridgedChoice(choice, FittedBridges(), cost)
+    return BridgedChoice(choice, FittedBridges(), cost, choice.prediction.speedup)
 
 
 @pytest.fixture

@@ -145,10 +145,11 @@ def test_no_draft_is_made_for_tokens_that_a_request_may_not_be_given():
 def test_a_clock_corrects_the_plan():
     live = LiveCosts(costs())
     planned = costs().verify_ms(8) + costs().round_overhead_ms
-    for _ in range(300):
+    for i in range(300):
         live.verified(8, 2 * planned)
         live.stepped(1, 3 * costs().step_ms(1))
-        live.verified(8, 50 * planned)  # an interruption
+        if i % 50 == 20:
+            live.verified(8, 500 * planned)  # an interruption
     assert live.verify_ms(8) == pytest.approx(2 * planned, rel=0.05)
     assert live.step_ms(1) == pytest.approx(3 * costs().step_ms(1), rel=0.05)
     # What was never measured follows what was.
@@ -169,7 +170,7 @@ def test_a_plan_that_promises_too_much_is_found_out_by_the_clock():
     _, _, first = simulate(policy, steady(0.6), 1, batch=16)
     assert first[0].steps > 0
     for _ in range(50):
-        for rows, factor in ((16, 1.0), (32, 3.0), (64, 3.0)):
+        for rows, factor in ((16, 1.0), (32, 3.0), (64, 3.0), (128, 3.0)):
             policy.costs.verified(rows, factor * (plan.verify_ms(rows) + plan.round_overhead_ms))
     _, _, rounds = simulate(policy, steady(0.6), 1000, batch=16)
     assert sum(round.steps > 0 for round in rounds[-300:]) < 20
