@@ -9,7 +9,6 @@ from memory and not from the processor's cache.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.integration.cpu_linear import engine_linear, engine_linear_name
+from sdfp_vllm.interpolate import at_rows
 from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
 from sdfp_vllm.machine import processor
@@ -119,11 +119,7 @@ class MeasuredCost:
         )
 
     def _at(self, values: list[float], rows: int) -> float:
-        if len(self.rows) == 1:
-            return values[0] * rows
-        right = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
-        (x0, x1), (y0, y1) = self.rows[right - 1 : right + 1], values[right - 1 : right + 1]
-        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
+        return at_rows(self.rows, values, rows)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class _Option:
 
     @property
     def keep(self) -> KeepSet:
-        return _keep(self.candidate)
+        return self.candidate.keep
 
 
 def search_head(
@@ -135,7 +135,7 @@ def _estimate(candidate: Candidate, cost: MeasuredCost, lengths: list[int], cove
     rates = [a * coverage for a in candidate.acceptance]
     rates += [rates[-1]] * (lengths[-1] - len(rates))
     reached = list(accumulate(rates, mul))
-    return max(cost.speedup(_keep(candidate), k, 1.0 + sum(reached[:k])) for k in lengths)
+    return max(cost.speedup(candidate.keep, k, 1.0 + sum(reached[:k])) for k in lengths)
 
 
 def _chosen(
@@ -150,12 +150,8 @@ def _chosen(
     )
 
 
-def _keep(candidate: Candidate) -> KeepSet:
-    return KeepSet(tuple(candidate.kept_layers), tuple(candidate.kept_attention), tuple(candidate.kept_mlp))
-
-
 def _is_chosen(candidate: Candidate, found: BridgedChoice) -> bool:
-    return _keep(candidate) == found.choice.keep
+    return candidate.keep == found.choice.keep
 
 
 def check_head(request: str, vocab_size: int) -> HeadRequest:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sdfp_vllm.interpolate import at_rows
 
 # Confidence is the draft's largest probability. Narrow bins at the top, where most drafts are.
 CONFIDENCE_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -54,11 +56,11 @@ class Pacing(BaseModel):
 
     def verify_ms(self, rows: int) -> float:
         """The full model over `rows` rows; linear between and beyond the measured ones."""
-        return self._at(self.target_ms, rows)
+        return at_rows(self.rows, self.target_ms, rows)
 
     def step_ms(self, batch: int) -> float:
         """One draft step for `batch` requests."""
-        return self._at(self.draft_ms, batch) + self.draft_overhead_ms
+        return at_rows(self.rows, self.draft_ms, batch) + self.draft_overhead_ms
 
     def plain_ms(self, batch: int) -> float:
         """One step of plain decoding."""
@@ -71,13 +73,6 @@ class Pacing(BaseModel):
     def least_ms(self, rounds: Iterable[tuple[int, int, int, int]]) -> float:
         """What rounds would take were everything free but the model: (batch size, rows verified, draft steps, count) each."""
         return sum(
-            count * (self.verify_ms(rows) + steps * self._at(self.draft_ms, batch))
+            count * (self.verify_ms(rows) + steps * at_rows(self.rows, self.draft_ms, batch))
             for batch, rows, steps, count in rounds
         )
-
-    def _at(self, values: list[float], rows: int) -> float:
-        if len(self.rows) == 1:
-            return values[0] * rows
-        right = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
-        (x0, x1), (y0, y1) = self.rows[right - 1 : right + 1], values[right - 1 : right + 1]
-        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)

@@ -1,0 +1,15 @@
+"""Times at row counts that were not measured."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+
+def at_rows(rows: Sequence[int], values: Sequence[float], count: int) -> float:
+    """The value at `count` rows, linear between and beyond the measured `rows`, ascending from 1."""
+    if len(rows) == 1:
+        return values[0] * count
+    right = min(max(bisect_left(rows, count), 1), len(rows) - 1)
+    (x0, x1), (y0, y1) = rows[right - 1 : right + 1], values[right - 1 : right + 1]
+    return y0 + (y1 - y0) * (count - x0) / (x1 - x0)
