@@ -52,7 +52,6 @@ class LiveCosts:
 
     def __init__(self, plan: Pacing):
         self.plan = plan
-        self.acceptance, self.confidence = plan.acceptance, plan.confidence
         self._verify, self._step = _Curve(), _Curve()
 
     def verify_ms(self, rows: int) -> float:

@@ -64,8 +64,8 @@ class Row:
 class Round:
     """The decisions of one round, in turn: `goes_on`, then a draft step, then `saw`, and again."""
 
-    def __init__(self, policy: DraftPolicy, rows: list[Row], longest: int):
-        self._policy, self.rows, self._longest = policy, rows, longest
+    def __init__(self, policy: DraftPolicy, rows: list[Row]):
+        self._policy, self.rows = policy, rows
         self.batch = len(rows)
         self.steps = 0
         self.price = CAUTION * policy.rate(self.batch)
@@ -73,11 +73,6 @@ class Round:
         self.first_step = False
         policy.assign(self)
         self._verified += sum(row.drafts for row in rows)
-
-    @property
-    def longest(self) -> int:
-        """Most drafts of one request."""
-        return self._longest
 
     @property
     def verified(self) -> int:
@@ -91,7 +86,7 @@ class Round:
 
     def goes_on(self) -> bool:
         """Whether one more draft step pays for those still drafting."""
-        if self.steps >= self._longest:
+        if self.steps >= self._policy.longest:
             return False
         active = [row for row in self.rows if row.drafting and row.drafts < row.most]
         if not active:
@@ -185,9 +180,9 @@ class DraftPolicy:
         return best
 
     # ------------------------------------------------------------ a round
-    def begin(self, rows: list[Row], longest: int | None = None) -> Round:
-        """A round over these requests; `longest` bounds the drafts of each, at most the policy's own bound."""
-        return Round(self, rows, self.longest if longest is None else min(longest, self.longest))
+    def begin(self, rows: list[Row]) -> Round:
+        """A round over these requests."""
+        return Round(self, rows)
 
     def assign(self, round: Round) -> None:
         """Gives each request the context's tokens, the model's drafts or nothing: what is expected to gain most.
@@ -200,7 +195,7 @@ class DraftPolicy:
         if not rows:
             return
         copies = [self._copy(row, round, len(rows)) for row in rows]
-        tokens = {kind: self._expected(kind, round.longest) for kind in {row.kind for row in rows}}
+        tokens = {kind: self._expected(kind, self.longest) for kind in {row.kind for row in rows}}
         step_ms = self.costs.step_ms(round.batch)
 
         def net(k: int) -> float:
@@ -216,7 +211,7 @@ class DraftPolicy:
             return gained - round.price * (k * step_ms + round.rows_ms(drafts))
 
         pays = self._value(round.batch).value > 0
-        best = max(range(round.longest + 1), key=net) if pays else 0
+        best = max(range(self.longest + 1), key=net) if pays else 0
         row_price = round.price * round.rows_ms(len(rows) * best) / (len(rows) * best) if best else 0.0
         for row, (length, _, worth) in zip(rows, copies, strict=True):
             own = min(best, row.most)
@@ -239,7 +234,7 @@ class DraftPolicy:
             return best
         chance, gain = 1.0, 0.0
         row_price = round.price * round.rows_ms(sharing) / sharing
-        for j in range(1, min(len(row.match.tokens), round.longest, row.most) + 1):
+        for j in range(1, min(len(row.match.tokens), self.longest, row.most) + 1):
             chance *= self.copying[row.match.length + j - 2]
             gain += chance
             if gain - j * row_price > best[2]:
@@ -264,9 +259,7 @@ class DraftPolicy:
         """
         tokens, gained, drafting = 0, 0, 0
         for row, right, out_of in zip(round.rows, accepted, tried, strict=True):
-            if row.kind is None:
-                continue
-            if row.copies:
+            if row.kind is None or row.copies:
                 continue
             drafting += 1
             tokens += 1 + right
