@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.integration.cpu_linear import engine_linear, engine_linear_name
-from sdfp_vllm.interpolate import at_rows
+from sdfp_vllm.interpolate import at_rows, fastest_rows
 from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
 from sdfp_vllm.machine import processor
@@ -85,11 +85,16 @@ class MeasuredCost:
         return self.forward_ms(self.num_layers, batch) + self.round_overhead_ms
 
     def draft_ms(self, kept: int | KeepSet, batch: int = 1) -> float:
-        """One draft step through `kept` and the head."""
+        """One draft step through `kept` and the head, run with as many rows as are fastest."""
+        rows = fastest_rows(self.rows, lambda m: self.forward_ms(kept, m), batch)
+        return self.step_ms(kept, rows) + self.draft_overhead_ms
+
+    def step_ms(self, kept: int | KeepSet, rows: int) -> float:
+        """The model's own work in a draft step over `rows` rows."""
         layers = kept if isinstance(kept, int) else len(kept.layers)
         bridges = min(layers + 1, self.num_layers - layers) * self.bridge_ms
-        spared = (1.0 - self.draft_head) * self._at(self.head, batch)
-        return self.forward_ms(kept, batch) - spared + self.draft_overhead_ms + bridges
+        spared = (1.0 - self.draft_head) * self._at(self.head, rows)
+        return self.forward_ms(kept, rows) - spared + bridges
 
     def round_ms(self, kept: int | KeepSet, draft_tokens: int, batch: int = 1) -> float:
         """One round: `draft_tokens` draft steps through `kept`, then verification."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,21 +47,16 @@ def measure_pacing(
     mean = (accepted.sum() / tried.sum()).item()
     prior = torch.tensor(confidence_prior(mean))
     chances = (accepted + _PRIOR_WEIGHT * prior) / (tried + _PRIOR_WEIGHT)
-    kept, overhead = KeepSet.of(keep), cost.draft_overhead_ms
+    kept = KeepSet.of(keep)
     return Pacing(
         rows=cost.rows,
-        target_ms=_ascending([cost.forward_ms(cost.num_layers, m) for m in cost.rows]),
-        draft_ms=_ascending([cost.draft_ms(kept, m) - overhead for m in cost.rows]),
-        draft_overhead_ms=overhead,
+        target_ms=[cost.forward_ms(cost.num_layers, m) for m in cost.rows],
+        draft_ms=[cost.step_ms(kept, m) for m in cost.rows],
+        draft_overhead_ms=cost.draft_overhead_ms,
         round_overhead_ms=cost.round_overhead_ms,
         acceptance=runs.rounds(steps).acceptance,
         confidence=chances.tolist(),
     )
-
-
-def _ascending(times: list[float]) -> list[float]:
-    """More rows never cost less, and disturbances only add time: each time is at most the least after it."""
-    return list(accumulate(reversed(times), min))[::-1]
 
 
 def confidence_prior(acceptance: float) -> list[float]:

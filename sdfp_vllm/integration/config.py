@@ -65,6 +65,8 @@ class SdfpConfig(SpeculativeConfig):
     """The plan's `Pacing`, where draft lengths follow the traffic; None where they are fixed."""
     ngram: bool = False
     """Whether drafts may be copied from the context."""
+    step_rows: list[int] = Field(default_factory=list)
+    """Rows, padding included, that a draft step for 1, 2, ... requests is run with; larger batches have none."""
 
     def __post_init__(self) -> None:
         # Upstream's own resolves a second model's config; here the draft is the target.
@@ -155,6 +157,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
             kept_mlp=list(plan.kept_mlp),
             bridges_sha256="" if plan.bridges == "none" else plan.bridges.sha256,
             head_sha256="" if plan.head == "full" else plan.head.sha256,
+            step_rows=plan.pacing.padded_batches() if plan.pacing else [],
             pacing=plan.pacing.model_dump(mode="json") if adaptive and plan.pacing else None,
             target_model_config=model_config,
             target_parallel_config=parallel_config,

@@ -25,13 +25,14 @@ from dataclasses import dataclass, field
 from sdfp_vllm.pacing.live import LiveCosts
 from sdfp_vllm.pacing.ngram import LONGEST, Match
 from sdfp_vllm.pacing.odds import Average, Odds, PositionOdds
+from sdfp_vllm.pacing.options import Options, best_copy
 from sdfp_vllm.pacing.pauses import Pauses
+from sdfp_vllm.pacing.places import Places
 from sdfp_vllm.pacing.record import Pacing, confidence_bin
 
-# Rounds that decide whether drafting pays at all.
-VALUE_MEMORY = 32.0
-# What a draft must earn over its price: chances and costs are estimates, and requests of a batch that get ahead of the others
-# leave it smaller.
+# Rounds that a rate is averaged over.
+RATE_MEMORY = 32.0
+# What a draft must earn over its price: chances and costs are estimates.
 CAUTION = 1.1
 # A model's confidence says something else about greedy tokens than about sampled ones.
 GREEDY, SAMPLED = 0, 1
@@ -141,8 +142,8 @@ class DraftPolicy:
         # succession after n successes in a row, with no failure seen; it fades within a few dozen rounds.
         self.copying = Odds([n / (n + 1) for n in range(1, LONGEST + 1)], weight=4.0)
         self._rates: dict[int, Average] = {}
-        self._values: dict[int, Average] = {}
         self._pauses = Pauses()
+        self.places = Places()
 
     # ------------------------------------------------------------ what is known
     def rate(self, batch: int) -> float:
@@ -156,17 +157,8 @@ class DraftPolicy:
         size = batch.bit_length()
         if size not in self._rates:
             rate, ms = self._best_fixed(batch)
-            self._rates[size] = Average(rate / batch, ms * VALUE_MEMORY / 4, VALUE_MEMORY)
+            self._rates[size] = Average(rate / batch, ms * RATE_MEMORY / 4, RATE_MEMORY)
         return self._rates[size]
-
-    def _value(self, batch: int) -> Average:
-        """Tokens that a round with the model's drafts yielded beyond what plain decoding yields in its time."""
-        size = batch.bit_length()
-        if size not in self._values:
-            rate, ms = self._best_fixed(batch)
-            gain = (rate - CAUTION * self.costs.plain_rate(batch)) * ms
-            self._values[size] = Average(gain, VALUE_MEMORY / 4, VALUE_MEMORY)
-        return self._values[size]
 
     def _best_fixed(self, batch: int) -> tuple[float, float]:
         """(rate, milliseconds) of the best round in which every request drafts alike, at least one token."""
@@ -185,67 +177,56 @@ class DraftPolicy:
         return Round(self, rows)
 
     def assign(self, round: Round) -> None:
-        """Gives each request the context's tokens, the model's drafts or nothing: what is expected to gain most.
-
-        A draft step is run for the whole batch, so it is paid once: for every number k of draft steps each
-        request takes the better of its copy and at most k model drafts, and the k with the highest net gain
-        decides. The round may still stop sooner, or go on.
-        """
+        """Gives each request the context's tokens, the model's drafts or nothing; the round may stop sooner, or go on."""
         rows = [row for row in round.rows if row.kind is not None and row.most > 0]
         if not rows:
             return
-        copies = [self._copy(row, round, len(rows)) for row in rows]
-        tokens = {kind: self._expected(kind, self.longest) for kind in {row.kind for row in rows}}
-        step_ms = self.costs.step_ms(round.batch)
-
-        def net(k: int) -> float:
-            """Tokens gained by k draft steps, less what their time is worth."""
-            row_price = round.price * round.rows_ms(len(rows) * k) / (len(rows) * k) if k else 0.0
-            gained, drafts = 0.0, 0
-            for row, (length, copied, worth) in zip(rows, copies, strict=True):
-                own = min(k, row.most)
-                model = tokens[row.kind][own]
-                by_copy = length > 0 and worth >= model - own * row_price
-                gained += copied if by_copy else model
-                drafts += length if by_copy else own
-            return gained - round.price * (k * step_ms + round.rows_ms(drafts))
-
-        pays = self._value(round.batch).value > 0
-        best = max(range(self.longest + 1), key=net) if pays else 0
-        row_price = round.price * round.rows_ms(len(rows) * best) / (len(rows) * best) if best else 0.0
-        for row, (length, _, worth) in zip(rows, copies, strict=True):
-            own = min(best, row.most)
-            row.copies = length > 0 and worth >= tokens[row.kind][own] - own * row_price
-            row.drafts = length if row.copies else 0
-            row.drafting = not row.copies
-        if best:
+        options = self._options(round, rows)
+        best = options.best()
+        for row, length in zip(rows, best.copies, strict=True):
+            row.copies, row.drafts, row.drafting = length > 0, length, length == 0
+        if best.steps:
             self._pauses.end(round.batch)
-        # Now and then although it has not paid of late, to see whether it would.
-        round.first_step = best > 0 or (any(row.drafting for row in rows) and self._pauses.over(round.batch))
+        # Now and then although it would not pay, to see whether that is still so.
+        round.first_step = best.steps > 0 or (
+            any(row.drafting for row in rows) and options.could_pay() and self._pauses.over(round.batch)
+        )
 
-    def _copy(self, row: Row, round: Round, sharing: int) -> tuple[int, float, float]:
-        """(tokens to copy, those expected to be accepted, and that less their price): the best length of the match.
+    def _options(self, round: Round, rows: Sequence[Row]) -> Options:
+        shares = self._shares(len(rows))  # who prefills or is about to end stays behind nobody
+        # A copy is priced as if all copied that can.
+        matching = sum(row.match is not None for row in rows)
+        prices = [
+            round.price * round.rows_ms(matching * length) / max(matching * shares[matching], 1e-9)
+            for length in range(self.longest + 1)
+        ]
+        chances = [self.copying[n] for n in range(LONGEST)]
+        kinds = [row.kind or GREEDY for row in rows]
+        return Options(
+            kinds=kinds,
+            most=[row.most for row in rows],
+            copies=[best_copy(row.match, chances, prices, row.most) for row in rows],
+            model={kind: self._expected(kind) for kind in set(kinds)},
+            shares=shares,
+            price=round.price,
+            step_ms=self.costs.step_ms(round.batch),
+            rows_ms=round.rows_ms,
+        )
 
-        Args:
-            sharing: Requests that may copy as well: a row's price is that of as many.
-        """
-        best = (0, 0.0, 0.0)
-        if row.match is None:
-            return best
-        chance, gain = 1.0, 0.0
-        row_price = round.price * round.rows_ms(sharing) / sharing
-        for j in range(1, min(len(row.match.tokens), self.longest, row.most) + 1):
-            chance *= self.copying[row.match.length + j - 2]
-            gain += chance
-            if gain - j * row_price > best[2]:
-                best = (j, gain, gain - j * row_price)
-        return best
+    def _shares(self, batch: int) -> list[float]:
+        """What a token is worth where n = 0, 1, ... `batch` requests gain one, of what it is where all do (`Places`)."""
+        ms = [0.0, *map(self.costs.verify_ms, range(1, batch + 1))]
+        taken = self.places.taken
+        return [0.0] + [
+            taken + (1 - taken) * min(max(batch / n * (1 - ms[batch - n] / ms[batch]), 0.0), 1.0)
+            for n in range(1, batch + 1)
+        ]
 
-    def _expected(self, kind: int | None, longest: int) -> list[float]:
+    def _expected(self, kind: int) -> list[float]:
         """Drafts expected to be accepted of 0, 1, 2, ... that the model makes for a request."""
         expected, chance = [0.0], 1.0
-        for j in range(longest):
-            chance *= self.position[kind or GREEDY][j]
+        for j in range(self.longest):
+            chance *= self.position[kind][j]
             expected.append(expected[-1] + chance)
         return expected
 
@@ -257,27 +238,18 @@ class DraftPolicy:
             accepted: Drafts accepted, per row of the round.
             tried: Drafts verified, per row; a scheduler may take fewer than it was given.
         """
-        tokens, gained, drafting = 0, 0, 0
+        tokens, drafting = 0, 0
         for row, right, out_of in zip(round.rows, accepted, tried, strict=True):
             if row.kind is None or row.copies:
                 continue
             drafting += 1
             tokens += 1 + right
-            gained += right
             self.position[row.kind].observe(right, min(out_of, len(row.bins)))
             for j, bucket in enumerate(row.bins[: min(right + 1, out_of)]):
                 self.confidence[row.kind].observe(bucket, j < right)
         # Copies are left out: where they are found says nothing of what a token is worth elsewhere.
         if drafting:
             self._rate(round.batch).observe(tokens / drafting, round.ms)
-        if round.steps:
-            drafted = sum(row.drafts for row in round.rows if not row.copies)
-            extra = (
-                round.steps * self.costs.step_ms(round.batch)
-                + self.costs.verify_ms(round.verified)
-                - self.costs.verify_ms(round.verified - drafted)
-            )
-            self._value(round.batch).observe(gained - CAUTION * self.costs.plain_rate(round.batch) * extra)
 
     def learn_copying(self, match: Match, actual: Sequence[int]) -> None:
         """Compares what a match offered with the tokens that came, whether it was used or not."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sdfp_vllm.interpolate import at_rows
+from sdfp_vllm.interpolate import at_rows, fastest_rows
 
 # Confidence is the draft's largest probability. Narrow bins at the top, where most drafts are.
 CONFIDENCE_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -58,9 +58,23 @@ class Pacing(BaseModel):
         """The full model over `rows` rows; linear between and beyond the measured ones."""
         return at_rows(self.rows, self.target_ms, rows)
 
+    def step_rows(self, batch: int) -> int:
+        """Rows that a draft step for `batch` requests is run with, padding included."""
+        return fastest_rows(self.rows, self._draft_ms, batch)
+
+    def padded_batches(self) -> list[int]:
+        """`step_rows` of 1, 2, ... requests, up to the last batch size that is padded."""
+        found = [self.step_rows(batch) for batch in range(1, max(self.rows))]
+        while found and found[-1] == len(found):
+            found.pop()
+        return found
+
     def step_ms(self, batch: int) -> float:
         """One draft step for `batch` requests."""
-        return at_rows(self.rows, self.draft_ms, batch) + self.draft_overhead_ms
+        return self._draft_ms(self.step_rows(batch)) + self.draft_overhead_ms
+
+    def _draft_ms(self, rows: int) -> float:
+        return at_rows(self.rows, self.draft_ms, rows)
 
     def plain_ms(self, batch: int) -> float:
         """One step of plain decoding."""
@@ -73,6 +87,6 @@ class Pacing(BaseModel):
     def least_ms(self, rounds: Iterable[tuple[int, int, int, int]]) -> float:
         """What rounds would take were everything free but the model: (batch size, rows verified, draft steps, count) each."""
         return sum(
-            count * (self.verify_ms(rows) + steps * at_rows(self.rows, self.draft_ms, batch))
+            count * (self.verify_ms(rows) + steps * self._draft_ms(self.step_rows(batch)))
             for batch, rows, steps, count in rounds
         )

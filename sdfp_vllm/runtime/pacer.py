@@ -194,6 +194,8 @@ class Pacer:
             return False
         (round, asked, positions), self._open = self._open, None
         where = {request: i for i, request in enumerate(ids)}
+        stayed = len(where.keys() & set(asked))
+        self.policy.places.observe(stayed, len(asked) - stayed, len(ids) - stayed)
         seen = 0
         accepted, tried = [], []
         for row, request, position in zip(round.rows, asked, positions, strict=True):

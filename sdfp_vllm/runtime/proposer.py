@@ -49,6 +49,7 @@ class SdfpProposer(DraftModelProposer):
         self.hidden_states = self.inputs_embeds = None  # type: ignore[assignment]
         self.is_rejected_token_mask = self.is_masked_token_mask = None
         self._slots: dict[int, torch.Tensor] = {}
+        self._step_rows: list[int] = vllm_config.speculative_config.step_rows  # type: ignore[union-attr]
         self.pacer: Pacer | None = None
 
     # ------------------------------------------------------------ set-up
@@ -189,6 +190,8 @@ class SdfpProposer(DraftModelProposer):
         batch = len(tokens)
         groups = self._decode_metadata(cad, batch, num_rejected)
         mode, padded, across_dp = self._determine_batch_execution_and_padding(batch)
+        if mode == CUDAGraphMode.NONE and batch <= len(self._step_rows):
+            padded = max(padded, self._step_rows[batch - 1])
         slots = self._slots_by_layer(padded)
         for index in itertools.count(1):
             positions = self._advance(groups, positions, batch, padded)

@@ -15,6 +15,8 @@ from sdfp_vllm.pacing.batch import BatchPolicy
 from sdfp_vllm.pacing.live import LiveCosts
 from sdfp_vllm.pacing.ngram import LONGEST, Match, latest_longest_match
 from sdfp_vllm.pacing.odds import Average, Odds, PositionOdds
+from sdfp_vllm.pacing.options import Copy, Options, best_copy
+from sdfp_vllm.pacing.places import Places
 from sdfp_vllm.pacing.policy import GREEDY, DraftPolicy, Round, Row
 from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing, confidence_bin
 
@@ -249,6 +251,139 @@ def test_one_request_that_copies_leaves_the_draft_steps_to_the_others():
     assert round.rows[0].drafts == 8 and round.rows[1].drafts > 0
 
 
+# Up to 8 rows cost what one does, every further one computes: what a small machine is like.
+COMPUTE_BOUND = dict(rows=[1, 8, 16, 64], target_ms=[50.0, 55.0, 80.0, 240.0], draft_ms=[12.0, 15.0, 22.0, 60.0])
+
+
+def static_batch(policy: DraftPolicy, batch: int, tokens: int, found: float, seed: int) -> tuple[float, list[Round]]:
+    """A batch that starts together and gets no new requests: (milliseconds until the last has its tokens, rounds).
+
+    Half of the requests repeat themselves: with the chance `found` a round finds a match, of which 6 tokens are right.
+    Half of all model drafts are right.
+    """
+    rng = random.Random(seed)
+    left, ms, rounds = dict.fromkeys(range(batch), tokens), 0.0, []
+    while left:
+        rows = [
+            Row(GREEDY, Match(9, [0] * 6) if r % 2 and rng.random() < found else None, most=n - 1)
+            for r, n in left.items()
+        ]
+        round = policy.begin(rows)
+        while round.goes_on():
+            round.saw([0.85] * len(rows))
+        accepted = [row.drafts if row.copies else sum(rng.random() < 0.5 for _ in range(row.drafts)) for row in rows]
+        for row in rows:
+            if row.match:
+                policy.learn_copying(row.match, row.match.tokens)
+        policy.settle(round, accepted, [row.drafts for row in rows])
+        ms += round.ms
+        rounds.append(round)
+        after = {r: n - 1 - a for (r, n), a in zip(left.items(), accepted, strict=True) if n > 1 + a}
+        policy.places.observe(len(after), len(left) - len(after), 0)
+        left = after
+    return ms, rounds
+
+
+@pytest.mark.parametrize("batch", [4, 8, 16, 32])
+def test_a_batch_that_only_some_get_ahead_of_is_not_made_to_wait_for_them(batch):
+    pacing = costs(acceptance=[0.5] * 8, confidence=[0.5] * BINS, **COMPUTE_BOUND)
+    policy = DraftPolicy(pacing, longest=8)
+    static_batch(policy, batch, 100, 0.3, seed=0)  # learns
+    ratios = []
+    for seed in range(1, 5):
+        ms, _ = static_batch(policy, batch, 100, 0.3, seed)
+        ratios.append(100 * pacing.plain_ms(batch) / ms)
+    assert min(ratios) > 0.98
+
+
+def test_copies_of_some_pay_where_the_places_of_those_that_end_are_taken():
+    policy = DraftPolicy(costs(**COMPUTE_BOUND, acceptance=[0.1] * 8), longest=8)
+    sure = Match(LONGEST, [5] * 8)
+    for _ in range(200):
+        policy.learn_copying(sure, sure.tokens)
+
+    def copying() -> int:
+        return sum(row.copies for row in policy.begin([Row(GREEDY, sure if i < 2 else None) for i in range(16)]).rows)
+
+    for _ in range(50):
+        policy.places.observe(stayed=15, ended=1, came=0)
+    assert copying() == 0
+    for _ in range(300):
+        policy.places.observe(stayed=15, ended=1, came=1)
+    assert copying() == 2
+
+
+def test_whether_places_are_taken_is_not_told_by_a_batch_of_other_requests():
+    places = Places()
+    before = places.taken
+    places.observe(stayed=0, ended=4, came=4)
+    places.observe(stayed=4, ended=0, came=4)
+    assert places.taken == before
+    for _ in range(500):
+        places.observe(stayed=3, ended=1, came=5)
+    assert places.taken == pytest.approx(1.0, abs=0.01)
+
+
+def test_nothing_is_tried_that_could_not_pay_were_every_draft_right():
+    dear = costs(rows=[1, 64], target_ms=[10.0, 640.0], acceptance=[0.0])
+    _, _, rounds = simulate(DraftPolicy(dear, longest=8), steady(1.0), 500, batch=4)
+    assert sum(round.steps for round in rounds) == 0
+
+
+def best_by_enumeration(kinds, most, copies, model, shares, price, step_ms, rows_ms) -> float:
+    """The highest net gain, by the book: what `Options` computes for all numbers of steps at once."""
+    nets = []
+    for k in range(len(model[0])):
+        for copying in (False, True):
+            gains, drafts = [], 0
+            row_price = price * rows_ms(len(kinds) * k) / (len(kinds) * k) if k else 0.0
+            for kind, longest, copy in zip(kinds, most, copies, strict=True):
+                own = min(k, longest)
+                copies_it = copying and copy.length and copy.worth > model[kind][own] - own * row_price
+                gains.append(copy.gain if copies_it else model[kind][own])
+                drafts += copy.length if copies_it else own
+            worth = sum(  # a token that n requests gain is worth shares[n]
+                (high - low) * n * shares[n]
+                for n in range(1, len(gains) + 1)
+                for high, low in [([*sorted(gains, reverse=True), 0.0][n - 1], [*sorted(gains, reverse=True), 0.0][n])]
+            )
+            nets.append(worth - price * (k * step_ms + rows_ms(drafts)))
+    return max(nets)
+
+
+@given(st.data())
+def test_the_best_option_is_the_best(data):
+    count, longest = data.draw(st.integers(1, 5)), 4
+    chances = st.lists(st.floats(0, 1), min_size=longest, max_size=longest)
+    model = {kind: [0.0, *np.cumsum(np.cumprod(data.draw(chances)))] for kind in (0, 1)}
+    kinds = data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count))
+    most = data.draw(st.lists(st.integers(1, 6), min_size=count, max_size=count))
+    price, slope, start = (data.draw(st.floats(0.01, 1)) for _ in range(3))
+
+    def rows_ms(n: int) -> float:
+        return start * (n > 0) + slope * n
+
+    prices = [price * rows_ms(n) for n in range(longest + 1)]
+    matches = data.draw(st.lists(st.none() | st.integers(1, 9), min_size=count, max_size=count))
+    copies = [
+        best_copy(Match(n, [7] * 4) if n else None, [0.5, 0.7, 0.9], prices, m)
+        for n, m in zip(matches, most, strict=True)
+    ]
+    shares = [0.0, *sorted(data.draw(st.lists(st.floats(0, 1), min_size=count - 1, max_size=count - 1))), 1.0]
+    given_ = dict(kinds=kinds, most=most, copies=copies, model=model, shares=shares, price=price, step_ms=0.3, rows_ms=rows_ms)
+    option = Options(**given_).best()
+    assert option.net == pytest.approx(best_by_enumeration(**given_))
+    assert len(option.copies) == count and all(c in (0, copy.length) for c, copy in zip(option.copies, copies, strict=True))
+
+
+def test_the_length_of_a_copy_is_where_its_next_token_no_longer_pays():
+    prices = [0.0, 0.5, 1.0, 1.5, 2.0]
+    copy = best_copy(Match(2, [1, 2, 3, 4]), [0.9, 0.9, 0.7, 0.6], prices, most=4)
+    assert copy == Copy(2, pytest.approx(0.9 + 0.63), pytest.approx(0.53))
+    assert best_copy(Match(2, [1, 2, 3, 4]), [0.9, 0.9, 0.7, 0.6], prices, most=1).length == 1
+    assert best_copy(Match(1, [1]), [0.4], prices, most=4) == best_copy(None, [1.0], prices, most=4) == Copy()
+
+
 @given(st.lists(st.integers(0, 3), min_size=0, max_size=40), st.integers(1, 6))
 def test_the_match_is_the_latest_of_the_longest(context, most):
     found = latest_longest_match(np.array(context, dtype=np.int32), most)
@@ -271,6 +406,15 @@ def test_the_match_is_the_latest_of_the_longest(context, most):
 
 
 # ---------------------------------------------------------------- parts
+def test_a_draft_step_is_padded_to_the_rows_that_are_fastest():
+    """As on processors whose matrix products are slow for few rows."""
+    pacing = costs(rows=[1, 2, 3, 4, 8], target_ms=[9.0, 10.0, 8.0, 7.0, 8.0], draft_ms=[5.0, 6.0, 4.06, 4.0, 5.0])
+    assert [pacing.step_rows(batch) for batch in (1, 2, 3, 4, 8, 20)] == [4, 4, 3, 4, 8, 20]  # 3: not worth it
+    assert pacing.padded_batches() == [4, 4]
+    assert pacing.step_ms(1) == pacing.step_ms(2) == 4.0
+    assert costs().padded_batches() == []
+
+
 def test_odds_follow_and_forget():
     odds = Odds([0.9, 0.1], weight=4, memory=50)
     assert odds[0] == 0.9 and odds[7] == pytest.approx(0.1)  # past the last bucket is the last
