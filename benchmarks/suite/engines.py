@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from dialled import SHAPES, dialled
+from workloads import PLACES
 
 from sdfp_vllm.fingerprint import fingerprint
 from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
@@ -58,7 +59,7 @@ def methods_at_hand(asked: Sequence[str]) -> list[str]:
 def spec(
     model: Path, turns: list[Turn], warm_up: list[int], settings: dict[str, Any] | None, **changes: Any
 ) -> EngineSpec:
-    """An engine as all are here: eager, the engine core in its process, room for 16 requests."""
+    """An engine as all are here: eager, the engine core in its process, places for 16 requests."""
     fields: dict[str, Any] = dict(
         model=str(model),
         turns=turns,
@@ -67,7 +68,7 @@ def spec(
         ignore_eos=True,
         seed=None,  # a seed would fix the draft lengths of sampled requests
         dtype="float32",
-        engine={"max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True},
+        engine={"max_model_len": 512, "max_num_seqs": PLACES, "enforce_eager": True},
         environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
     return EngineSpec(**(fields | changes))

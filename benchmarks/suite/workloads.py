@@ -10,7 +10,9 @@ from sdfp_vllm.demo.prompts import held_out_prompts
 from sdfp_vllm.measure import Turn
 
 CODE, PROSE, COPY, NOISE = "code completion", "free text", "copy-heavy", "noise"
+QUEUE = "code, others waiting"
 KINDS = (CODE, PROSE, COPY)
+PLACES = 16  # of an engine
 
 # Not what the demo target was trained on, and unlike code hard to foresee.
 _PROSE = """
@@ -35,7 +37,8 @@ of them written down because somebody once met it without knowing, and a clean o
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the suite: `prompts` of one kind, `batch` at a time."""
+    """One point of the suite: `prompts` of one kind, `batch` at a time; those of QUEUE all at once, and the engine has
+    `batch` places."""
 
     kind: str
     batch: int
@@ -49,29 +52,32 @@ class Cell:
 
 
 def cells(batches: list[int], temperature: float = 0.7) -> list[Cell]:
-    """Every kind at every batch size greedily; code also sampled; noise, the worst there is, at the ends."""
+    """Every kind at every batch size greedily; code also sampled, and with a queue; noise, the worst there is, at the
+    ends."""
     ends = sorted({batches[0], batches[-1]})
     found = [Cell(kind, b, 0.0, max(b, 2)) for kind in KINDS for b in batches]
     found += [Cell(CODE, b, temperature, max(b, 2)) for b in batches if b in (1, 8)]
+    found += [Cell(QUEUE, b, 0.0, 3 * b) for b in batches if b == PLACES]
     return found + [Cell(NOISE, b, 0.0, b) for b in ends]
 
 
 def turn(cell: Cell, target: Path, prompt_tokens: int, new_tokens: int, seed: int) -> Turn:
-    """The requests of `cell`; other ones for every seed."""
+    """The requests of `cell`; other ones for every cell and seed, for suffix decoding remembers what it was asked."""
+    own = 1000 * seed + 10 * cell.batch + (cell.temperature > 0) + 5 * (cell.kind == QUEUE)
     return Turn(
-        prompts=list(_prompts(cell.kind, target, cell.prompts, prompt_tokens, seed)),
-        batch=cell.batch,
+        prompts=list(_prompts(cell.kind, target, cell.prompts, prompt_tokens, own)),
+        batch=cell.prompts if cell.kind == QUEUE else cell.batch,
         max_tokens=new_tokens,
         temperature=cell.temperature,
     )
 
 
 def _prompts(kind: str, target: Path, count: int, tokens: int, seed: int) -> list[list[int]]:
-    if kind == CODE:
+    if kind in (CODE, QUEUE):
         return held_out_prompts(target, count=count, tokens=tokens, seed=seed)
     if kind == COPY:  # a passage, and again its beginning: what follows stands in the prompt
         passage = 2 * tokens // 3
-        said = held_out_prompts(target, count=count, tokens=passage, seed=100 + seed)
+        said = held_out_prompts(target, count=count, tokens=passage, seed=500 + seed)
         return [p + p[: tokens - passage] for p in said]
     rng = random.Random(f"{kind} {seed}")
     if kind == PROSE:

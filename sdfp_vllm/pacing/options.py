@@ -97,9 +97,7 @@ class Options:
         row_price = np.array(
             [0.0, *(self._price * self._rows_ms(count * k) / (count * k) for k in self._steps[1:].tolist())]
         )
-        copies = np.where(
-            self._worth > self._model - self._own * row_price[:, None], self._lengths[None], 0
-        )
+        copies = np.where(self._worth > self._model - self._own * row_price[:, None], self._lengths[None], 0)
         options = []
         for chosen in (np.zeros_like(copies), copies):
             gains = np.where(chosen > 0, self._gain[None], self._model)

@@ -252,10 +252,14 @@ def test_one_request_that_copies_leaves_the_draft_steps_to_the_others():
 
 
 # Up to 8 rows cost what one does, every further one computes: what a small machine is like.
-COMPUTE_BOUND = dict(rows=[1, 8, 16, 64], target_ms=[50.0, 55.0, 80.0, 240.0], draft_ms=[12.0, 15.0, 22.0, 60.0])
+COMPUTE_BOUND = dict(
+    rows=[1, 8, 16, 64], target_ms=[50.0, 55.0, 80.0, 240.0], draft_ms=[12.0, 15.0, 22.0, 60.0]
+)
 
 
-def static_batch(policy: DraftPolicy, batch: int, tokens: int, found: float, seed: int) -> tuple[float, list[Round]]:
+def static_batch(
+    policy: DraftPolicy, batch: int, tokens: int, found: float, seed: int
+) -> tuple[float, list[Round]]:
     """A batch that starts together and gets no new requests: (milliseconds until the last has its tokens, rounds).
 
     Half of the requests repeat themselves: with the chance `found` a round finds a match, of which 6 tokens are right.
@@ -271,7 +275,9 @@ def static_batch(policy: DraftPolicy, batch: int, tokens: int, found: float, see
         round = policy.begin(rows)
         while round.goes_on():
             round.saw([0.85] * len(rows))
-        accepted = [row.drafts if row.copies else sum(rng.random() < 0.5 for _ in range(row.drafts)) for row in rows]
+        accepted = [
+            row.drafts if row.copies else sum(rng.random() < 0.5 for _ in range(row.drafts)) for row in rows
+        ]
         for row in rows:
             if row.match:
                 policy.learn_copying(row.match, row.match.tokens)
@@ -303,7 +309,9 @@ def test_copies_of_some_pay_where_the_places_of_those_that_end_are_taken():
         policy.learn_copying(sure, sure.tokens)
 
     def copying() -> int:
-        return sum(row.copies for row in policy.begin([Row(GREEDY, sure if i < 2 else None) for i in range(16)]).rows)
+        return sum(
+            row.copies for row in policy.begin([Row(GREEDY, sure if i < 2 else None) for i in range(16)]).rows
+        )
 
     for _ in range(50):
         policy.places.observe(stayed=15, ended=1, came=0)
@@ -345,7 +353,9 @@ def best_by_enumeration(kinds, most, copies, model, shares, price, step_ms, rows
             worth = sum(  # a token that n requests gain is worth shares[n]
                 (high - low) * n * shares[n]
                 for n in range(1, len(gains) + 1)
-                for high, low in [([*sorted(gains, reverse=True), 0.0][n - 1], [*sorted(gains, reverse=True), 0.0][n])]
+                for high, low in [
+                    ([*sorted(gains, reverse=True), 0.0][n - 1], [*sorted(gains, reverse=True), 0.0][n])
+                ]
             )
             nets.append(worth - price * (k * step_ms + rows_ms(drafts)))
     return max(nets)
@@ -370,10 +380,21 @@ def test_the_best_option_is_the_best(data):
         for n, m in zip(matches, most, strict=True)
     ]
     shares = [0.0, *sorted(data.draw(st.lists(st.floats(0, 1), min_size=count - 1, max_size=count - 1))), 1.0]
-    given_ = dict(kinds=kinds, most=most, copies=copies, model=model, shares=shares, price=price, step_ms=0.3, rows_ms=rows_ms)
+    given_ = dict(
+        kinds=kinds,
+        most=most,
+        copies=copies,
+        model=model,
+        shares=shares,
+        price=price,
+        step_ms=0.3,
+        rows_ms=rows_ms,
+    )
     option = Options(**given_).best()
     assert option.net == pytest.approx(best_by_enumeration(**given_))
-    assert len(option.copies) == count and all(c in (0, copy.length) for c, copy in zip(option.copies, copies, strict=True))
+    assert len(option.copies) == count and all(
+        c in (0, copy.length) for c, copy in zip(option.copies, copies, strict=True)
+    )
 
 
 def test_the_length_of_a_copy_is_where_its_next_token_no_longer_pays():
@@ -408,8 +429,17 @@ def test_the_match_is_the_latest_of_the_longest(context, most):
 # ---------------------------------------------------------------- parts
 def test_a_draft_step_is_padded_to_the_rows_that_are_fastest():
     """As on processors whose matrix products are slow for few rows."""
-    pacing = costs(rows=[1, 2, 3, 4, 8], target_ms=[9.0, 10.0, 8.0, 7.0, 8.0], draft_ms=[5.0, 6.0, 4.06, 4.0, 5.0])
-    assert [pacing.step_rows(batch) for batch in (1, 2, 3, 4, 8, 20)] == [4, 4, 3, 4, 8, 20]  # 3: not worth it
+    pacing = costs(
+        rows=[1, 2, 3, 4, 8], target_ms=[9.0, 10.0, 8.0, 7.0, 8.0], draft_ms=[5.0, 6.0, 4.06, 4.0, 5.0]
+    )
+    assert [pacing.step_rows(batch) for batch in (1, 2, 3, 4, 8, 20)] == [
+        4,
+        4,
+        3,
+        4,
+        8,
+        20,
+    ]  # 3: not worth it
     assert pacing.padded_batches() == [4, 4]
     assert pacing.step_ms(1) == pacing.step_ms(2) == 4.0
     assert costs().padded_batches() == []
