@@ -21,7 +21,7 @@ from sdfp_vllm.integration.upstream import SamplingMetadata
 from sdfp_vllm.pacing.ngram import latest_longest_match
 from sdfp_vllm.pacing.policy import GREEDY, SAMPLED, DraftPolicy, Round, Row
 
-_GREEDY_BELOW = 1e-5  # vLLM's own bound: a lower temperature is greedy
+GREEDY_BELOW = 1e-5  # vLLM's own bound: a lower temperature is greedy
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Pacer:
         temperature = sampling.temperature
         sampled = [False] * len(waits)
         if not sampling.all_greedy and temperature is not None:
-            sampled = (temperature[: len(waits)] >= _GREEDY_BELOW).tolist()
+            sampled = (temperature[: len(waits)] >= GREEDY_BELOW).tolist()
         rows = []
         for i, (wait, draws) in enumerate(zip(waits, sampled, strict=True)):
             row = Row(None if wait else SAMPLED if draws else GREEDY, most=self._tokens_left(i, verified) - 1)

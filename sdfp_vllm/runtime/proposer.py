@@ -35,8 +35,9 @@ from sdfp_vllm.integration.upstream import (
 )
 from sdfp_vllm.pacing.policy import DraftPolicy
 from sdfp_vllm.pacing.record import Pacing
+from sdfp_vllm.runtime.draft_sampling import cut, draw, tempered
 from sdfp_vllm.runtime.load import load_draft
-from sdfp_vllm.runtime.pacer import DraftStep, Pacer, Verified
+from sdfp_vllm.runtime.pacer import GREEDY_BELOW, DraftStep, Pacer, Verified
 
 
 class SdfpProposer(DraftModelProposer):
@@ -214,6 +215,8 @@ class SdfpProposer(DraftModelProposer):
             tokens = step.tokens
 
     def _sample_with_confidence(self, hidden: torch.Tensor, sampling: SamplingMetadata) -> DraftStep:
+        if self._has_cuts(sampling):
+            return self._sample_within_cuts(hidden, sampling)
         if self._enable_probabilistic_draft_probs and not sampling.all_greedy:
             tokens, probs = self._sample_draft_tokens(hidden, sampling)
             return DraftStep(tokens, probs, probs.amax(-1))  # type: ignore[union-attr]
@@ -225,17 +228,39 @@ class SdfpProposer(DraftModelProposer):
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Upstream's, but a request with a seed draws its drafts from its own generator, so that it repeats.
+        """Upstream's, but a request with a seed draws its drafts from its own generator, so that it repeats,
+        and a request with a top-k or top-p draws them within these.
 
         Returns:
             int64 [batch] tokens, and their distributions, float32 [batch, vocabulary], where sampled.
         """
+        if self._has_cuts(sampling_metadata):
+            step = self._sample_within_cuts(hidden_states, sampling_metadata)
+            return step.tokens, step.probs
         tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
         if probs is not None:
             for row, generator in sampling_metadata.generators.items():
                 noise = torch.empty_like(probs[row]).exponential_(generator=generator)
                 tokens[row] = (probs[row] / noise).argmax()
         return tokens, probs
+
+    def _has_cuts(self, sampling: SamplingMetadata) -> bool:
+        """Whether drafts are sampled and some request of the batch has a top-k or top-p."""
+        sampled = self._enable_probabilistic_draft_probs and not sampling.all_greedy
+        return sampled and (sampling.top_k is not None or sampling.top_p is not None)
+
+    def _sample_within_cuts(self, hidden: torch.Tensor, sampling: SamplingMetadata) -> DraftStep:
+        draft: Any = self.model
+        assert sampling.temperature is not None
+        greedy = sampling.temperature < GREEDY_BELOW
+        probs = tempered(draft.compute_logits(hidden), torch.where(greedy, 1.0, sampling.temperature))
+        # Before the cut, which would hide what a pacer wants to know: with top_k = 1 all would be certain.
+        confidence = probs.amax(-1)
+        probs = cut(probs, sampling.top_k, sampling.top_p)
+        tokens = draw(probs, sampling.generators)
+        if not sampling.all_random:
+            tokens = torch.where(greedy, probs.argmax(-1), tokens)
+        return DraftStep(tokens, probs, confidence)
 
     def _decode_metadata(
         self, cad: CommonAttentionMetadata, batch: int, num_rejected: torch.Tensor | None

@@ -51,3 +51,15 @@ def test_same_tokens_with_a_restricted_head(target, kept, prompts, tmp_path):
         sum(g == w for g, w in zip(got, want, strict=True)) >= 15
     )  # two ranks may round a tie the other way
     assert accepted[1] == pytest.approx(accepted[0], rel=0.05)
+
+
+def test_ranks_draw_the_same_drafts_under_a_cut(target, plan, prompts):
+    """Each rank draws for itself: were tokens or distributions to differ, few drafts would be accepted."""
+    accepted = []
+    for settings in ({}, SETTINGS):
+        with engine(target, {"method": "sdfp", "model": plan}, **settings) as llm:
+            tokens(llm, prompts[:32], temperature=1.0, top_k=20, top_p=0.9)
+            counters = spec_counters(llm)
+            accepted.append(counters["num_accepted_tokens"] / counters["num_draft_tokens"])
+    print(f"acceptance on one rank and on two: {accepted}")
+    assert accepted[1] == pytest.approx(accepted[0], rel=0.1)
