@@ -6,7 +6,9 @@ others, or runs on another one. The shape of the plan's curves is kept, their he
 
 from __future__ import annotations
 
-from math import exp, floor, log, log2
+from math import log, log2
+
+import numpy as np
 
 from sdfp_vllm.pacing.record import Pacing
 
@@ -33,11 +35,11 @@ class _Curve:
         self._all = _Factor()
         self._at: dict[int, _Factor] = {}
 
-    def factor(self, rows: int) -> float:
-        where = log2(rows)
-        low = floor(where)
-        left, right = (self._at.get(i, self._all).log for i in (low, low + 1))
-        return exp(left + (right - left) * (where - low))
+    def factors(self, most: int) -> np.ndarray:
+        """For 1, 2, ... `most` rows, float64 [most]."""
+        powers = range(most.bit_length() + 1)
+        logs = [self._at.get(i, self._all).log for i in powers]
+        return np.exp(np.interp(np.log2(np.arange(1, most + 1)), powers, logs))
 
     def observe(self, rows: int, planned: float, measured: float) -> None:
         near = round(log2(rows))
@@ -53,14 +55,21 @@ class LiveCosts:
     def __init__(self, plan: Pacing):
         self.plan = plan
         self._verify, self._step = _Curve(), _Curve()
+        self._planned: list[float] = []  # of 0, 1, ... rows
+        self._verify_ms: list[float] = []  # the same, corrected; a round asks for a hundred of them
 
     def verify_ms(self, rows: int) -> float:
         """The target's step over `rows` rows, with all that a round pays besides drafting."""
-        return (self.plan.verify_ms(rows) + self.plan.round_overhead_ms) * self._verify.factor(rows)
+        if rows >= len(self._verify_ms):
+            if rows >= len(self._planned):
+                self._planned = [self._planned_ms(m) if m else 0.0 for m in range(2 * rows + 1)]
+            factors = self._verify.factors(len(self._planned) - 1)
+            self._verify_ms = [0.0, *(self._planned[1:] * factors).tolist()]
+        return self._verify_ms[rows]
 
     def step_ms(self, batch: int) -> float:
         """One draft step for `batch` requests."""
-        return self.plan.step_ms(batch) * self._step.factor(batch)
+        return self.plan.step_ms(batch) * float(self._step.factors(batch)[-1])
 
     def plain_rate(self, batch: int) -> float:
         """Tokens per millisecond of plain decoding, all requests together."""
@@ -68,8 +77,12 @@ class LiveCosts:
 
     def verified(self, rows: int, ms: float) -> None:
         """Learns how long a target's step over `rows` rows took, from one drafting to the next."""
-        self._verify.observe(rows, self.plan.verify_ms(rows) + self.plan.round_overhead_ms, ms)
+        self._verify.observe(rows, self._planned_ms(rows), ms)
+        self._verify_ms = []
 
     def stepped(self, batch: int, ms: float) -> None:
         """Learns how long one draft step took."""
         self._step.observe(batch, self.plan.step_ms(batch), ms)
+
+    def _planned_ms(self, rows: int) -> float:
+        return self.plan.verify_ms(rows) + self.plan.round_overhead_ms
