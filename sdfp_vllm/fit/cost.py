@@ -30,7 +30,7 @@ from sdfp_vllm.plan import CostModel
 ROUND_OVERHEAD_MS = 1.5
 DRAFT_OVERHEAD_MS = 0.7
 # Beyond the rows of one request: enough to place where a growing batch turns compute-bound.
-BATCH_ROWS = (16, 64)
+BATCH_ROWS = (16, 32, 64)
 # Layers are sampled until their weights outgrow any processor cache; packing copies them.
 _SWEEP_BYTES = 320 << 20
 _MIN_REPEATS, _MAX_REPEATS = 3, 15

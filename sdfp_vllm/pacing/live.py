@@ -55,14 +55,14 @@ class LiveCosts:
     def __init__(self, plan: Pacing):
         self.plan = plan
         self._verify, self._step = _Curve(), _Curve()
-        self._planned: list[float] = []  # of 0, 1, ... rows
+        self._planned = np.zeros(1)  # milliseconds of 0, 1, ... rows
         self._verify_ms: list[float] = []  # the same, corrected; a round asks for a hundred of them
 
     def verify_ms(self, rows: int) -> float:
         """The target's step over `rows` rows, with all that a round pays besides drafting."""
         if rows >= len(self._verify_ms):
             if rows >= len(self._planned):
-                self._planned = [self._planned_ms(m) if m else 0.0 for m in range(2 * rows + 1)]
+                self._planned = np.array([0.0, *map(self._planned_ms, range(1, 2 * rows + 1))])
             factors = self._verify.factors(len(self._planned) - 1)
             self._verify_ms = [0.0, *(self._planned[1:] * factors).tolist()]
         return self._verify_ms[rows]

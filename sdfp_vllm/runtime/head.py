@@ -8,7 +8,7 @@ whole is checked on a row of hidden states at load.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,22 @@ _PLACES = (("lm_head",), ("model", "embed_tokens"))
 _TOLERANCE = 0.02
 
 Head = Callable[[Tensor], Tensor]
+
+
+def padded(compute: Head, rows: Sequence[int]) -> Head:
+    """`compute` over the numbers of rows that are fastest.
+
+    Args:
+        compute: Maps [T, hidden] to logits [T, vocab_size].
+        rows: How many to run 1, 2, ... rows with; more than there are run as they come.
+    """
+
+    def run(hidden: Tensor) -> Tensor:
+        count = len(hidden)
+        spare = rows[count - 1] - count if 0 < count <= len(rows) else 0
+        return compute(nn.functional.pad(hidden, (0, 0, 0, spare)))[:count] if spare else compute(hidden)
+
+    return run
 
 
 class _Rows(nn.Module):

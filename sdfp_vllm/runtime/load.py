@@ -16,7 +16,7 @@ from sdfp_vllm.integration.upstream import (
 )
 from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
-from sdfp_vllm.runtime.head import restricted_head
+from sdfp_vllm.runtime.head import padded, restricted_head
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -74,7 +74,12 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
     head = None if tokens is None else restricted_head(target, tokens)
     with set_model_tag("sdfp_draft"):
         draft = SkipDraftModel(
-            vllm_config=vllm_config, prefix="", target=target, keep=keep, bridges=bridges, head=head
+            vllm_config=vllm_config,
+            prefix="",
+            target=target,
+            keep=keep,
+            bridges=bridges,
+            head=padded(head or target.compute_logits, config.step_rows),  # type: ignore
         )
     if head is not None:
         logger.info("Its head computes %d of %d logits", len(head.tokens), head.vocab_size)

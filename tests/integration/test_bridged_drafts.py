@@ -2,70 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from bridged_plans import write_bridged_plan
 from engines import assert_identical, engine, runner, spec_counters, tokens, write_plan
-from transformers import DynamicCache
+from offline_drafts import NEW, K, assert_drafts_are_offline, drafts_of
 
-from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.errors import PlanError
-from sdfp_vllm.fit.bridged_stack import bridging
-from sdfp_vllm.fit.rollout import Continuations, DraftRollout
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.plan import BRIDGE_FILE
 
 pytestmark = pytest.mark.engine
-K, NEW = 3, 16
 # Of 16 layers: runs between kept layers only; and runs before the first, and before the final norm.
 KEPT = {"within": [0, 5, 15], "at both ends": [1, 4, 5, 10, 14]}
-
-
-def drafts_of(llm: Any, prompts: list[list[int]]) -> tuple[list[list[list[int]]], list[dict[int, list[int]]]]:
-    """Greedy answers one request at a time, and per request what was drafted from each start position."""
-    drafter = runner(llm).drafter
-    propose, seen = drafter.propose, {}
-
-    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
-        given = inspect.signature(propose).bind(*args, **kwargs).arguments
-        last = given.get("token_indices_to_sample")
-        if last is None:
-            last = given["common_attn_metadata"].query_start_loc[1:] - 1
-        out = propose(*args, **kwargs)
-        seen[int(given["target_positions"][last][0]) + 1] = out[0].tolist()
-        return out
-
-    drafter.propose = spy
-    answers, rounds = [], []
-    for prompt in prompts:
-        seen = {}
-        answers += tokens(llm, [prompt], max_tokens=NEW)
-        rounds.append(seen)
-    drafter.propose = propose
-    return answers, rounds
-
-
-@torch.no_grad()
-def draft_offline(stack: DecoderStack, kept: list[int], bridges: Any, ids: list[int]) -> list[int]:
-    """K drafts after `ids`, over the full model's K/V of all but the last of them, one token at a time."""
-    cache = DynamicCache(config=stack.config)
-    stack.model(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, use_cache=True)
-    drafted: list[int] = []
-    with bridging(stack, kept, bridges):
-        for j in range(K):
-            fed = drafted[-1] if drafted else ids[-1]
-            out = stack.model(
-                input_ids=torch.tensor([[fed]]),
-                position_ids=torch.tensor([[len(ids) - 1 + j]]),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            drafted.append(int(out.logits[0, -1].argmax()))
-    return drafted
 
 
 @pytest.fixture(scope="module")
@@ -97,30 +48,7 @@ def test_drafts_are_the_offline_jobs(
     want = [plain_tokens[prompts.index(p)] for p in some]
     assert_identical([[a[0]] for a in answers], [[w[0][:NEW]] for w in want])
 
-    different = 0
-    for prompt, answer, seen in zip(some, answers, rounds, strict=True):
-        text = prompt + answer[0]
-        for start, drafted in list(seen.items())[:6]:
-            if start < len(text):
-                assert drafted == draft_offline(stack, kept, bridges, text[: start + 1])
-                different += drafted != draft_offline(stack, kept, None, text[: start + 1])
-        check_rollout(stack, kept, bridges, prompt, text, seen)
-    assert different > 5
-
-
-def check_rollout(
-    stack: DecoderStack, kept: list[int], bridges: dict[Run, Any], prompt: list[int], text: list[int], seen
-) -> None:
-    """The estimate that `sdfp plan` makes: as many drafts in a row agree with the text as the engine's did."""
-    ids = torch.tensor([text])
-    runs = DraftRollout(stack, Continuations(ids, len(prompt), torch.tensor([len(text)]))).run(
-        kept, K, bridges=bridges
-    )
-    for start, drafted in seen.items():
-        after = text[start + 1 :]
-        if len(after) >= K:
-            agree = next((j for j in range(K) if drafted[j] != after[j]), K)
-            assert runs.lengths[0, start - len(prompt)] == agree
+    assert_drafts_are_offline(stack, kept, bridges, some, answers, rounds, other_than=(kept, None))
 
 
 def test_bridges_are_part_of_the_config_and_its_hash(target, tmp_path):

@@ -11,8 +11,8 @@ import torch
 from bigram import VOCAB, bigram, exact, z_score  # noqa: F401
 from engines import assert_identical, engine, runner, spec_counters, tokens, write_plan
 from exact_sampling import THRESHOLD
+from offline_drafts import drafts_of
 from restricted_plans import write_restricted_plan
-from test_bridged_drafts import drafts_of
 from test_sampling import LENGTH, SEQUENCES, draw
 
 from sdfp_vllm.errors import PlanError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engines import assert_identical, engine, runner, spec_counters, write_plan
-from test_bridged_drafts import NEW, K, check_rollout, draft_offline, drafts_of
+from offline_drafts import NEW, K, assert_drafts_are_offline, drafts_of
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.stack import DecoderStack, load_target
@@ -34,15 +34,7 @@ def test_drafts_are_the_offline_jobs(target, prompts, plain_tokens, tmp_path):
     want = [plain_tokens[prompts.index(p)] for p in some]
     assert_identical([[a[0]] for a in answers], [[w[0][:NEW]] for w in want])
 
-    different = 0
-    for prompt, answer, seen in zip(some, answers, rounds, strict=True):
-        text = prompt + answer[0]
-        for start, drafted in list(seen.items())[:6]:
-            if start < len(text):
-                assert drafted == draft_offline(stack, KEEP, None, text[: start + 1])
-                different += drafted != draft_offline(stack, KeepSet(KEEP.layers), None, text[: start + 1])
-        check_rollout(stack, KEEP, {}, prompt, text, seen)
-    assert different > 5
+    assert_drafts_are_offline(stack, KEEP, {}, some, answers, rounds, other_than=(KeepSet(KEEP.layers), None))
 
 
 def test_the_keep_set_is_part_of_the_config_its_hash_and_its_repr(target, tmp_path):
