@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import ranked_layers
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.plan import load_plan
+from sdfp_vllm.results_file import save_results
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer
 
@@ -103,9 +103,7 @@ def main() -> None:
         parser.error("name a model and its plan")
     results = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     results[asked.model.name] = compare(asked.model, asked.plan)
-    part = asked.out.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, asked.out)
+    save_results(asked.out, results)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import statistics
 import sys
 import time
@@ -45,6 +43,7 @@ from sdfp_vllm.dipgo.quality import psnr, ssim
 from sdfp_vllm.dipgo.refine import Task, log_error
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.fit.progress import stages
+from sdfp_vllm.results_file import save_results
 
 BUDGETS = (0.75, 0.5, 0.35, 0.25)
 STEPS = 20
@@ -323,9 +322,7 @@ def main() -> None:
         "provenance": provenance(),
         "wall_seconds": time.time() - began,
     }
-    new = a.out.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(new, a.out)
+    save_results(a.out, content)
 
 
 if __name__ == "__main__":

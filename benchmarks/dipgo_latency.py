@@ -9,8 +9,6 @@ is predicted too). One thread and CPU time, `--images` at once in measuring, pre
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -28,6 +26,7 @@ from sdfp_vllm.dipgo.job import SearchOptions, find, quality
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.stopwatch import measure_latency
 from sdfp_vllm.fit.progress import stages
+from sdfp_vllm.results_file import save_results
 
 BUDGETS = (0.75, 0.5, 0.35)
 STEPS = 20
@@ -98,9 +97,7 @@ def main() -> None:
         "provenance": provenance(),
         "wall_seconds": time.time() - began,
     }
-    new = a.out.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(new, a.out)
+    save_results(a.out, content)
 
 
 if __name__ == "__main__":

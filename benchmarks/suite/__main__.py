@@ -19,8 +19,6 @@ Writes benchmarks/results/latest.json, .md and .png. Take a quiet machine.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 import time
@@ -54,6 +52,7 @@ from sdfp_vllm.fit.job import make_plan
 from sdfp_vllm.fit.progress import stages
 from sdfp_vllm.measure import run_engines
 from sdfp_vllm.plan import SkipPlan
+from sdfp_vllm.results_file import save_results
 
 RESULTS = Path(__file__).parents[1] / "results"
 DEMO = "demo target, cost-scaled to 0.32B"
@@ -180,16 +179,10 @@ def compare(
 
 
 def write(result: dict[str, Any], out: Path, began: float) -> None:
-    """Saves what there is; each file is replaced whole."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Saves what there is."""
     result["wall_seconds"] = time.time() - began
-    for name, content in (
-        ("latest.json", json.dumps(result, indent=1, default=str) + "\n"),
-        ("latest.md", tables(result)),
-    ):
-        new = out / f".{name}.new"
-        new.write_text(content)
-        os.replace(new, out / name)
+    save_results(out / "latest.json", result)
+    (out / "latest.md").write_text(tables(result))
     picture(result, out / "latest.png")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -33,6 +32,7 @@ from sdfp_vllm.fingerprint import fingerprint
 from sdfp_vllm.machine import processor
 from sdfp_vllm.measure import EngineSpec, Measurement, one_by_one, run_engines
 from sdfp_vllm.plan import PLAN_FILE, SkipPlan, default_plan_dir, load_plan
+from sdfp_vllm.results_file import save_results
 from sdfp_vllm.source_tree import git_sha
 
 METHODS = (PLAIN, SDFP, NGRAM, DRAFT_MODEL)
@@ -128,7 +128,7 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
             "Prompts: another Python release than the target was trained on, so some may be known to it."
         )
     picture = report.save_picture(settings.out / "demo.png", title, results)
-    _save(
+    save_results(
         settings.out / "demo.json",
         {
             "cost_scaled": True,
@@ -246,10 +246,3 @@ def provenance() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
     }
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    os.replace(new, path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from sdfp_vllm.dipgo.report import pyplot, save_figure, verdict
 from sdfp_vllm.dipgo.runtime import apply_dipgo
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.results_file import save_results
 
 GUIDANCE = 2.0
 _SEED = 9_000_000
@@ -141,9 +140,7 @@ def _save(
         "provenance": provenance(),
         "wall_seconds": wall,
     }
-    new = out / "dipgo.json.new"
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(new, out / "dipgo.json")
+    save_results(out / "dipgo.json", content)
 
 
 def _draw(path: Path, names: list[str], latents: list[Tensor], classes: list[int]) -> None:
