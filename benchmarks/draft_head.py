@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdfp_vllm.results_file import save_results
+
 KEEP, DRAFT_TOKENS = [0, 9, 18, 27], 4
 SCALE, SKEW = 0.03, 0.07
 FRACTIONS = (1, 2, 4, 8, 16, 32)  # full head, half, ...
@@ -271,9 +273,7 @@ def main() -> None:
         "argv": sys.argv[1:],
     }
     print(json.dumps(results, indent=1))
-    part = asked.out.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, asked.out)
+    save_results(asked.out, results)
 
 
 if __name__ == "__main__":
