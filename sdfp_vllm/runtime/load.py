@@ -72,6 +72,7 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
     }
     tokens = head_at(str(config.model), config.head_sha256)  # type: ignore[union-attr]
     head = None if tokens is None else restricted_head(target, tokens)
+    rows = config.step_rows  # type: ignore[union-attr]
     with set_model_tag("sdfp_draft"):
         draft = SkipDraftModel(
             vllm_config=vllm_config,
@@ -79,7 +80,7 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
             target=target,
             keep=keep,
             bridges=bridges,
-            head=padded(head or target.compute_logits, config.step_rows),  # type: ignore
+            head=padded(head or target.compute_logits, rows) if rows else head,  # type: ignore[arg-type]
         )
     if head is not None:
         logger.info("Its head computes %d of %d logits", len(head.tokens), head.vocab_size)

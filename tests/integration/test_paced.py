@@ -31,6 +31,7 @@ def plain_copies(target, copy_heavy):
 @pytest.fixture(scope="module")
 def llm(target, paced_plan, plain_copies):
     with engine(target, {"method": "sdfp", "model": paced_plan}, max_num_batched_tokens=128) as llm:
+        runner(llm).drafter.pacer.timed = False  # by the costs above, whatever the machine does
         yield llm
 
 
@@ -46,7 +47,7 @@ def test_same_tokens_and_every_kind_of_draft(llm, prompts, plain_tokens, batch):
 def test_copies_speak_for_themselves(llm, copy_heavy, plain_copies):
     before, tally = spec_counters(llm), runner(llm).drafter.pacer.tally
     copied = tally.copied_drafts
-    assert_identical(tokens(llm, copy_heavy, max_tokens=48), plain_copies)
+    assert_identical(tokens(llm, copy_heavy, batch=1, max_tokens=48), plain_copies)
     drafts = spec_counters(llm)["num_drafts"] - before["num_drafts"]
     accepted = spec_counters(llm)["num_accepted_tokens"] - before["num_accepted_tokens"]
     assert tally.copied_drafts - copied > 100
