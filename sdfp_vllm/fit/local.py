@@ -119,6 +119,7 @@ class LocalSearch:
     def _moves(self, now: Trial, screen: FirstStep, tried: set[KeepSet]) -> list[KeepSet]:
         """Untried neighbours of `now` that the screen expects to be faster, the best first."""
         keep, n = now.keep, self.cost.num_layers
+        screen.center(keep)
         fewer = self._possible((without(keep, u) for u in units(keep, n, kept=True, whole=self.whole)), now)
         more = self._additions(now, screen)
         moves = [m for m in [*fewer, *more, *shifts(keep, n)] if self._admits(m)]
