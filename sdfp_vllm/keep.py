@@ -68,6 +68,11 @@ class KeepSet:
         """Layers of which anything runs, ascending."""
         return sorted((*self.layers, *self.attention, *self.mlp))
 
+    def after(self, layer: int) -> KeepSet:
+        """What of it lies behind `layer`."""
+        parts = (self.layers, self.attention, self.mlp)
+        return KeepSet(*(tuple(i for i in part if i > layer) for part in parts))
+
     def problem(self, num_layers: int) -> str | None:
         """What is wrong with it in a model of `num_layers` layers, naming the field; None for nothing."""
         if not self.touched():

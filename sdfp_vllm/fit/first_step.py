@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdfp_vllm.fit.bridged_stack import placing
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.shared_attention import DraftRows, rollout_attention
 from sdfp_vllm.keep import Branch, KeepSet
@@ -41,6 +42,9 @@ class FirstStep:
     def __init__(self, rollout: DraftRollout, sequences: int | None = None):
         self._rollout, self.stack = rollout, rollout.stack
         self._overlaps: dict[KeepSet, float] = {}
+        self._target: list[Tensor] | None = None
+        self._center = KeepSet()
+        self._streams: dict[int, Tensor] = {}  # of the residual after each layer of `center`, [1, R, hidden]
         rows, text = rollout.all_rows(), rollout.text
         used = rows.start < text.ends[rows.sequence]
         if sequences is not None:
@@ -54,16 +58,48 @@ class FirstStep:
     @torch.no_grad()
     def overlap(self, keep: KeepSet) -> float:
         """The mean overlap of the draft's distribution with the full model's; computed once for each keep set."""
-        if keep in self._overlaps:
-            return self._overlaps[keep]
-        total = 0.0
-        with self.stack.keeping(keep):
-            hidden = self._hidden(self._rows)
-        for ours, theirs in zip(hidden.split(_HEAD_ROWS), self._full.split(_HEAD_ROWS), strict=True):
-            p, q = (self.stack.head(h).float().softmax(-1) for h in (theirs, ours))
-            total += float(torch.minimum(p, q).sum())
-        self._overlaps[keep] = total / len(hidden)
+        if keep not in self._overlaps:
+            self._overlaps[keep] = self._overlap(self._hidden_of(keep))
         return self._overlaps[keep]
+
+    @torch.no_grad()
+    def center(self, keep: KeepSet) -> None:
+        """Overlaps to come start from what `keep` and they have in common: its streams after each layer are kept."""
+        self._center, self._streams = keep, {}
+        with self.stack.keeping(keep) as model, contextlib.ExitStack() as hooks:
+            layers: Any = model.model.layers
+            for i in keep.touched():
+                hook = layers[i].register_forward_hook(self._note(i))
+                hooks.callback(hook.remove)
+            hidden = self._hidden(self._rows)
+        self._overlaps[keep] = self._overlap(hidden)
+
+    def _note(self, i: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, out: Tensor) -> None:
+            self._streams[i] = out
+
+        return note
+
+    def _hidden_of(self, keep: KeepSet) -> Tensor:
+        """Final hidden states [R, hidden] of a draft, resumed where it parts from `center`."""
+        last = None  # layer up to which both run the same
+        for i in range(self.stack.num_layers):
+            if keep.branches(i) != self._center.branches(i):
+                break
+            last = i if i in self._streams else last
+        if last is None:
+            with self.stack.keeping(keep):
+                return self._hidden(self._rows)
+        with placing(self.stack, keep.after(last), {last: _Resume(self._streams[last])}):
+            return self._hidden(self._rows)
+
+    def _overlap(self, hidden: Tensor) -> float:
+        if self._target is None:
+            self._target = [self.stack.head(h).float().softmax(-1) for h in self._full.split(_HEAD_ROWS)]
+        total = 0.0
+        for ours, p in zip(hidden.split(_HEAD_ROWS), self._target, strict=True):
+            total += float(torch.minimum(p, self.stack.head(ours).float().softmax(-1)).sum())
+        return total / len(hidden)
 
     def divergence(self, gates: Tensor, chunks: Sequence[int] | None = None) -> tuple[float, Tensor]:
         """The mean divergence, and its derivative by the gates.
@@ -123,6 +159,17 @@ class FirstStep:
         finally:
             for h in hooks:
                 h.remove()
+
+
+class _Resume(nn.Module):
+    """Stands in for a layer up to which the residual stream [1, R, hidden] is known."""
+
+    def __init__(self, stream: Tensor):
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.stream
 
 
 def _at(rows: DraftRows, which: Tensor) -> DraftRows:

@@ -1,17 +1,17 @@
 """`--selector auto`: a keep set improved by a short local search on predicted speed.
 
 FIT scores each layer in the full model, one at a time, so it knows neither what the kept layers do
-for each other nor that a branch may be had without its layer. From a start on (`selectors.py`: the best
-of FIT's keep sets and evenly spaced ones) each round tries to drop, add or swap branches and layers:
+for each other nor that a branch may be had without its layer. Of the starts (`selectors.py`: FIT's keep sets
+and evenly spaced ones) those that are not clearly behind on the judging text are run on held-out text
+too, and the best on both is taken. From there on each round tries to drop, add or swap branches and layers:
 
 1. One backward pass orders what could be added; every drop, shift and swap, and the best
    additions, are screened by the overlap of their first step with the full model (`first_step.py`).
-2. The most promising are rolled out on the judging text. One is taken if its predicted speed exceeds
-   the present one's by more than the standard error of the difference, and is higher on
-   held-out text as well. With none the search ends.
+2. The most promising are rolled out on the judging text, and if better there, on the held-out text. One is taken
+   if its predicted speed is higher on either, and on both together by more than the standard error of
+   the difference. With none the search ends.
 
-Every move is an improvement on the judging text, so the result is never below the start, or FIT, there. The plan's
-prediction is over both texts.
+The plan's prediction is over both texts.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from sdfp_vllm.fit.search import (
     draft_lengths,
 )
 from sdfp_vllm.keep import Branch, KeepSet
+from sdfp_vllm.plan import Candidate
 
 MAX_ROLLOUTS = 24  # on the judging text, those of FIT's search not counted
 SCREENED_TEXTS = 4  # attention goes text by text, so few whole texts are quicker than a little of each
 _ADDED, _SWAPPED = 12, 12  # additions and swaps that are screened
+_CONTENDERS = 3  # starts that are compared on held-out text as well
 _TRIED = 4  # rolled out before a round gives up
 
 Unit = tuple[Branch, int]
@@ -66,12 +68,11 @@ class LocalSearch:
     whole: bool = False
     advance: Callable[[str], None] | None = None
 
-    def improve(self, start: Choice) -> Choice:
-        """The best keep set found from `start`'s on; its curve, with the sets taken on the way."""
+    def improve(self, starts: Sequence[Trial], curve: Sequence[Candidate] = ()) -> Choice:
+        """The best keep set found from the best of `starts` on; `curve`, with the sets taken on the way."""
         lengths = draft_lengths(self.draft_tokens)
         screen = FirstStep(self.judging, SCREENED_TEXTS)
-        now = best_trial(start.keep, start.runs, self.cost, lengths)
-        held = self._confirm(now)
+        now, held = self._start(starts)
         path = [(now, held)]
         tried, rollouts = {now.keep}, 0
         while rollouts < MAX_ROLLOUTS:
@@ -93,24 +94,36 @@ class LocalSearch:
                     break
             else:
                 break
-        return self._result(start, path)
+        return self._result(curve, path)
+
+    def _start(self, starts: Sequence[Trial]) -> tuple[Trial, AcceptedRuns]:
+        """Of the starts that are not clearly behind on the judging text the best on both texts."""
+        best, *others = sorted(starts, key=lambda t: -t.speedup)
+        close = [best]
+        for trial in others:
+            gain, error = log_gain(trial, best, self.cost)
+            if gain + error >= 0:
+                close.append(trial)
+        ran = [(trial, self._confirm(trial)) for trial in close[:_CONTENDERS]]
+        return max(ran, key=lambda of: log_gain(_pooled(*of), _pooled(*ran[0]), self.cost)[0])
 
     def _judge(self, trial: Trial, now: Trial, held: AcceptedRuns) -> tuple[Trial, AcceptedRuns] | None:
-        gain, error = log_gain(trial, now, self.cost)
-        if gain <= error:
+        """`trial` with its runs on the held-out text, if it is better on either text and clearly so on both."""
+        if log_gain(trial, now, self.cost)[0] <= 0:
             return None
         confirmed = self._confirm(trial)
         on_held, _ = log_gain(_with(trial, confirmed), _with(now, held), self.cost)
-        return (trial, confirmed) if on_held > 0 else None
+        gain, error = log_gain(_pooled(trial, confirmed), _pooled(now, held), self.cost)
+        return (trial, confirmed) if on_held > 0 and gain > error else None
 
     def _confirm(self, trial: Trial) -> AcceptedRuns:
         return self.held.run(trial.keep, trial.runs.steps)
 
-    def _result(self, start: Choice, path: Sequence[tuple[Trial, AcceptedRuns]]) -> Choice:
+    def _result(self, tried: Sequence[Candidate], path: Sequence[tuple[Trial, AcceptedRuns]]) -> Choice:
         lengths = draft_lengths(self.draft_tokens)
         both = [best_trial(t.keep, pooled(t.runs, h), self.cost, lengths) for t, h in path]
         seen = {t.keep for t in both}
-        curve = [c for c in start.curve if c.keep not in seen]
+        curve = [c for c in tried if c.keep not in seen]
         curve += [candidate(t.keep, t.runs, self.cost) for t in both]
         curve.sort(key=lambda c: c.keep.size)
         return choice(both[-1], curve, self.cost, self.draft_tokens)
@@ -119,6 +132,7 @@ class LocalSearch:
     def _moves(self, now: Trial, screen: FirstStep, tried: set[KeepSet]) -> list[KeepSet]:
         """Untried neighbours of `now` that the screen expects to be faster, the best first."""
         keep, n = now.keep, self.cost.num_layers
+        screen.center(keep)
         fewer = self._possible((without(keep, u) for u in units(keep, n, kept=True, whole=self.whole)), now)
         more = self._additions(now, screen)
         moves = [m for m in [*fewer, *more, *shifts(keep, n)] if self._admits(m)]
@@ -145,7 +159,7 @@ class LocalSearch:
         absent = list(units(now.keep, n, kept=False, whole=self.whole))
         if not any(self._could_win(with_(now.keep, u), now) for u in absent):
             return []
-        _, slope = screen.divergence(gates_of(now.keep, n))
+        _, slope = screen.divergence(gates_of(now.keep, n), range(0, len(screen.chunks), 2))
         absent.sort(key=lambda unit: sum(float(slope[i, BRANCHES.index(b)]) for b, i in unit))
         return [with_(now.keep, u) for u in absent[:_ADDED]]
 
@@ -249,6 +263,11 @@ def _tokens_and_rounds(trial: Trial) -> Tensor:
 
 def _with(trial: Trial, runs: AcceptedRuns) -> Trial:
     return Trial(trial.keep, runs, trial.draft_tokens, trial.speedup)
+
+
+def _pooled(trial: Trial, held: AcceptedRuns) -> Trial:
+    """The trial as of both texts."""
+    return _with(trial, pooled(trial.runs, held))
 
 
 def _expected_tokens(acceptance: float, draft_tokens: int) -> float:

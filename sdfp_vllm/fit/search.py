@@ -180,21 +180,40 @@ def search_family(
     advance: Callable[[str], None] | None = None,
 ) -> Choice | None:
     """Rolls out those of `family` (keep sets, or lists of whole layers) that could exceed `beat`; the best, or None."""
+    trials, curve = roll_out(beat, family, rollout, cost, draft_tokens=draft_tokens, advance=advance)
+    best = max(trials, key=lambda t: t.speedup, default=None)
+    return choice(best, curve, cost, draft_tokens) if best and best.speedup > beat else None
+
+
+def roll_out(
+    beat: float,
+    family: Sequence[KeepSet | list[int]],
+    rollout: DraftRollout,
+    cost: MeasuredCost,
+    *,
+    draft_tokens: int | None = None,
+    advance: Callable[[str], None] | None = None,
+) -> tuple[list[Trial], list[Candidate]]:
+    """Those of `family` that could exceed `beat` and all before them: rolled out as far as they could, and the curve.
+
+    A keep set that fell behind before the shortest draft length is on the curve alone.
+    """
     lengths = draft_lengths(draft_tokens)
+    trials: list[Trial] = []
     curve: list[Candidate] = []
     best: Trial | None = None
     for asked in family:
         keep = KeepSet.of(asked)
-        bar = best.speedup if best else beat
+        bar = max(beat, best.speedup) if best else beat
         if max(cost.speedup(keep, k, k + 1) for k in lengths) > bar:
             runs = rollout.run(asked, lengths[-1], proceed=could_win(cost, keep, lengths, bar))
             curve.append(candidate(keep, runs, cost))
             if runs.steps >= lengths[0]:
-                trial = best_trial(keep, runs, cost, lengths)
-                best = trial if trial.speedup > bar else best
+                trials.append(best_trial(keep, runs, cost, lengths))
+                best = max(trials, key=lambda t: t.speedup)
         if advance and best:
             advance(f"{best.keep.size:g} layers x {best.draft_tokens} tokens: {best.speedup:.2f}x")
-    return choice(best, curve, cost, draft_tokens) if best else None
+    return trials, curve
 
 
 def choice(best: Trial, curve: list[Candidate], cost: MeasuredCost, draft_tokens: int | None) -> Choice:

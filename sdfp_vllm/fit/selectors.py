@@ -12,7 +12,7 @@ from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.families import evenly_spaced, fit_branches, nested_keep_sets
 from sdfp_vllm.fit.first_step import FirstStep
 from sdfp_vllm.fit.rollout import DraftRollout
-from sdfp_vllm.fit.search import Choice, candidate_sizes, fit_family, search_family, sizes_asked
+from sdfp_vllm.fit.search import Choice, candidate_sizes, fit_family, roll_out, search_family, sizes_asked
 from sdfp_vllm.keep import KeepSet
 from sdfp_vllm.plan import LayerScore
 
@@ -80,7 +80,15 @@ def by_auto(problem: Problem) -> Choice:
         whole=not problem.sublayers,
         advance=problem.advance,
     )
-    return search.improve(problem.best_of(list(dict.fromkeys(family))))
+    starts, curve = roll_out(
+        0.0,
+        list(dict.fromkeys(family)),
+        problem.judging,
+        problem.cost,
+        draft_tokens=problem.draft_tokens,
+        advance=problem.advance,
+    )
+    return search.improve(starts, curve)
 
 
 def by_gradient(problem: Problem) -> Choice:

@@ -59,3 +59,49 @@ def test_a_part_of_the_text():
     assert few.overlap(KEEP) == pytest.approx(again.overlap(KEEP), abs=1e-6)
     assert few.overlap(KEEP) != pytest.approx(FirstStep(rollout).overlap(KEEP), abs=1e-6)
     assert stack.model.model.layers is stack.layers
+
+
+def test_overlaps_resumed_from_a_center_are_those_from_the_start(rollout):
+    """Drops, additions, swaps and splits at the first, a middle and the last layer."""
+    center = KeepSet(layers=(0, 1, 3))
+    others = [
+        center,
+        KeepSet((0, 1)),
+        KeepSet((1, 3)),
+        KeepSet((0, 1, 2, 3)),
+        KeepSet((0, 2, 3)),
+        KeepSet(layers=(0, 3), attention=(1,)),
+        KeepSet(layers=(0, 1), mlp=(3,)),
+        KeepSet((2,)),
+    ]
+    for middle in (center, KEEP):
+        resumed = FirstStep(rollout)
+        resumed.center(middle)
+        for keep in others:
+            assert resumed.overlap(keep) == pytest.approx(FirstStep(rollout).overlap(keep), abs=1e-6)
+    first, layers = FirstStep(rollout), _Counted(rollout.stack)
+    first.center(center)
+    with layers:
+        first.overlap(KeepSet((0, 1)))
+        assert layers.run == []
+        first.overlap(KeepSet((0, 1, 2, 3)))
+        assert layers.run == [2, 3]
+        first.overlap(center)
+        assert layers.run == [2, 3]
+
+
+class _Counted:
+    """While open, notes the layers that run."""
+
+    def __init__(self, stack):
+        self.stack, self.run = stack, []
+
+    def __enter__(self):
+        self.hooks = [
+            layer.register_forward_hook(lambda *_, i=i: self.run.append(i))
+            for i, layer in enumerate(self.stack.layers)
+        ]
+
+    def __exit__(self, *exc):
+        for hook in self.hooks:
+            hook.remove()

@@ -18,7 +18,7 @@ from sdfp_vllm.fit.families import evenly_spaced, fit_branches, nested_keep_sets
 from sdfp_vllm.fit.first_step import FirstStep
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounds import AcceptedRuns
-from sdfp_vllm.fit.search import Trial, best_trial
+from sdfp_vllm.fit.search import Choice, Trial, best_trial
 from sdfp_vllm.fit.selectors import SELECTORS, Problem, check_selector, most_steps
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.keep import KeepSet
@@ -47,6 +47,10 @@ def problem(stack: DecoderStack, **changes) -> Problem:
         "cost": flat_cost(4),
     }
     return Problem(**(fields | changes))
+
+
+def trial(choice: Choice) -> Trial:
+    return Trial(choice.keep, choice.runs, choice.draft_tokens, choice.prediction.speedup)
 
 
 # ---------------------------------------------------------------- families
@@ -103,7 +107,7 @@ def test_auto_finds_the_layer_that_fit_ranked_last():
     given = problem(stack)
     fit = SELECTORS["fit"](given)
     assert given.held is not None
-    auto = local.LocalSearch(given.judging, given.held, given.cost, whole=True).improve(fit)
+    auto = local.LocalSearch(given.judging, given.held, given.cost, whole=True).improve([trial(fit)])
     assert auto.keep == KeepSet((0, 2)) and auto.prediction.acceptance_rate == 1.0
     assert auto.prediction.speedup > fit.prediction.speedup
     assert auto.keep in [c.keep for c in auto.curve]
@@ -139,12 +143,66 @@ def test_no_move_is_taken_without_a_gain_on_held_out_text():
             return dataclasses.replace(runs, lengths=torch.zeros_like(runs.lengths))
 
     held = Hostile(stack, given.judging.text)
-    stayed = local.LocalSearch(given.judging, held, given.cost).improve(start)
-    moved = local.LocalSearch(given.judging, given.held, given.cost).improve(start)
+    stayed = local.LocalSearch(given.judging, held, given.cost).improve([trial(start)])
+    moved = local.LocalSearch(given.judging, given.held, given.cost).improve([trial(start)])
     assert stayed.keep == start.keep != moved.keep
 
 
-def test_never_below_fit_on_the_judging_text_and_bounded():
+class Scripted:
+    """Stands in for a rollout over 8 sequences of one round each: `accepted[keep]` says how many drafts each yields."""
+
+    def __init__(self, accepted: dict[KeepSet, list[int]]):
+        self.accepted, self.asked = accepted, []
+
+    def run(self, keep, steps, proceed=None):
+        self.asked.append(keep)
+        lengths = torch.tensor(self.accepted[keep])[:, None].expand(-1, 4)
+        return AcceptedRuns(lengths, torch.full((len(lengths),), 4), steps)
+
+
+A, B, C = (KeepSet((i,)) for i in (0, 1, 2))
+
+
+def pick(judging: dict, held: dict) -> tuple[KeepSet, list[KeepSet]]:
+    """Which of the starts is taken at 4 draft tokens, and what was run on the held-out text."""
+    texts, measured = (Scripted(judging), Scripted(held)), flat_cost(4)
+    search = local.LocalSearch(*texts, measured, draft_tokens=4)  # type: ignore[arg-type]
+    starts = [best_trial(keep, texts[0].run(keep, 4), measured, [4]) for keep in judging]
+    return search._start(starts)[0].keep, texts[1].asked
+
+
+def test_close_starts_are_decided_on_both_texts():
+    noisy, steady = [4, 0, 4, 0, 4, 0, 4, 0], [2, 2, 2, 2, 2, 2, 2, 1]
+    far = [0, 0, 0, 1, 0, 0, 1, 0]
+    judging = {A: noisy, B: steady, C: far}
+    better_held = {A: [0] * 8, B: [3] * 8}
+    assert pick(judging, better_held) == (B, [A, B])  # C is far behind and costs no rollout
+    assert pick(judging, {A: [3] * 8, B: [2] * 8})[0] == A
+    clear = {A: [3, 3, 3, 3, 3, 3, 3, 4], B: [1, 1, 1, 2, 1, 1, 1, 1]}
+    assert pick(clear, {A: [0] * 8, B: [4] * 8}) == (A, [A])
+
+
+def test_a_move_has_to_be_better_on_either_text_and_clearly_on_both():
+    measured = flat_cost(4)
+
+    def taken(ours: tuple[list[int], list[int]], theirs: tuple[list[int], list[int]]) -> bool:
+        judging, held = (
+            Scripted(dict(zip((A, B), both, strict=True))) for both in zip(ours, theirs, strict=True)
+        )
+        search = local.LocalSearch(judging, held, measured, draft_tokens=4)  # type: ignore[arg-type]
+        new, now = (best_trial(keep, judging.run(keep, 4), measured, [4]) for keep in (A, B))
+        return search._judge(new, now, held.run(B, 4)) is not None
+
+    some, more = [1, 2, 1, 2, 1, 2, 1, 2], [2, 2, 2, 2, 2, 3, 2, 2]
+    noisy = [3, 1, 1, 1, 3, 1, 2, 1]  # more than `some`, by less than its error
+    assert taken((more, more), (some, some))
+    assert taken((noisy, more), (some, some))  # uncertain on one text, certain on both
+    assert not taken((noisy, noisy), (some, some))
+    assert not taken((more, [0] * 8), (some, [0] * 8))  # no better on the held-out text
+    assert not taken(([1] * 8, [4] * 8), (some, some))  # worse on the judging text
+
+
+def test_never_below_fit_on_the_texts_it_judges_on_and_bounded():
     for seed in range(2):
         stack = DecoderStack(_tiny().model)
         with torch.no_grad():
@@ -154,10 +212,11 @@ def test_never_below_fit_on_the_judging_text_and_bounded():
                 layer.self_attn.o_proj.weight.mul_(torch.rand(1, generator=generator))
         news: list[str] = []
         given = problem(stack, advance=news.append)
+        assert given.held is not None
         fit, auto = SELECTORS["fit"](given), SELECTORS["auto"](given)
-        on_judging = given.judging.run(auto.keep, 8)
-        best = best_trial(auto.keep, on_judging, given.cost, list(range(1, 9)))
-        assert best.speedup >= fit.prediction.speedup * (1 - 1e-9)
+        runs = local.pooled(given.judging.run(fit.keep, 8), given.held.run(fit.keep, 8))
+        on_both = best_trial(fit.keep, runs, given.cost, [fit.draft_tokens])
+        assert auto.prediction.speedup >= on_both.speedup * (1 - 1e-9)
         assert len(news) <= most_steps("fit", 4, None) + most_steps("auto", 4, None)
 
 
