@@ -14,7 +14,7 @@ QUEUE = "code, others waiting"
 KINDS = (CODE, PROSE, COPY)
 PLACES = 16  # of an engine
 # A few requests say little: texts differ in how easily they are foreseen, above all where they repeat themselves.
-PROMPTS = {1: 4, 2: 6, 4: 8}
+PROMPTS = {1: 3, 2: 4}
 
 # Not what the demo target was trained on, and unlike code hard to foresee.
 _PROSE = """

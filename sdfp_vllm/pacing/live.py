@@ -24,7 +24,7 @@ class _Factor:
 
     def observe(self, log_factor: float) -> None:
         self._times += 1
-        weight = max(_SLOWEST, 1 / (self._times + 4))
+        weight = max(_SLOWEST, 1 / (self._times + 2))
         self.log += weight * max(-_FURTHEST, min(_FURTHEST, log_factor - self.log))
 
 

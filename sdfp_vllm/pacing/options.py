@@ -59,6 +59,7 @@ class Options:
         copies: The copy that each would make.
         model: Per kind, tokens expected to be accepted of 0, 1, ... model drafts.
         shares: What a token is worth where n = 0, 1, ... requests gain one, of what it is where all do.
+        reserve: Tokens that drafting must gain before it pays: what unevenness will cost that is not in the gains.
         price: Tokens that a millisecond is worth.
         step_ms: One draft step.
         rows_ms: What so many more rows add to the verification.
@@ -72,11 +73,12 @@ class Options:
         copies: Sequence[Copy],
         model: Mapping[int, Sequence[float]],
         shares: Sequence[float],
+        reserve: float,
         price: float,
         step_ms: float,
         rows_ms: Callable[[int], float],
     ):
-        self._price, self._step_ms, self._rows_ms = price, step_ms, rows_ms
+        self._price, self._step_ms, self._rows_ms, self._reserve = price, step_ms, rows_ms, reserve
         count, longest = len(kinds), len(model[kinds[0]]) - 1
         self._steps = np.arange(longest + 1)
         # How many requests share in the gain, from the least gain on, times what a token is then worth.
@@ -114,4 +116,5 @@ class Options:
         """Per number of draft steps: tokens gained, each layer of the gains weighed by who shares in it, less their price."""
         layers = np.diff(np.sort(gains, axis=1), axis=1, prepend=0.0)
         rows_ms = np.array([self._rows_ms(n) for n in drafts.tolist()])
-        return layers @ self._weights - self._price * (self._steps * self._step_ms + rows_ms)
+        net = layers @ self._weights - self._price * (self._steps * self._step_ms + rows_ms)
+        return np.where(drafts > 0, net - self._reserve, 0.0)

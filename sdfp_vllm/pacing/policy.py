@@ -34,6 +34,9 @@ from sdfp_vllm.pacing.record import Pacing, confidence_bin
 RATE_MEMORY = 32.0
 # What a draft must earn over its price: chances and costs are estimates.
 CAUTION = 1.1
+# Share of a batch's tokens that is lost to luck where places are not taken: of requests with equal chances some fall behind,
+# and the rounds that these still need are for few.
+UNEVEN = 0.05
 # A model's confidence says something else about greedy tokens than about sampled ones.
 GREEDY, SAMPLED = 0, 1
 
@@ -208,6 +211,7 @@ class DraftPolicy:
             copies=[best_copy(row.match, chances, prices, row.most) for row in rows],
             model={kind: self._expected(kind) for kind in set(kinds)},
             shares=shares,
+            reserve=UNEVEN * (1 - self.places.taken) * (len(rows) - 1),
             price=round.price,
             step_ms=self.costs.step_ms(round.batch),
             rows_ms=round.rows_ms,

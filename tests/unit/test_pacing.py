@@ -338,7 +338,7 @@ def test_nothing_is_tried_that_could_not_pay_were_every_draft_right():
     assert sum(round.steps for round in rounds) == 0
 
 
-def best_by_enumeration(kinds, most, copies, model, shares, price, step_ms, rows_ms) -> float:
+def best_by_enumeration(kinds, most, copies, model, shares, reserve, price, step_ms, rows_ms) -> float:
     """The highest net gain, by the book: what `Options` computes for all numbers of steps at once."""
     nets = []
     for k in range(len(model[0])):
@@ -357,7 +357,8 @@ def best_by_enumeration(kinds, most, copies, model, shares, price, step_ms, rows
                     ([*sorted(gains, reverse=True), 0.0][n - 1], [*sorted(gains, reverse=True), 0.0][n])
                 ]
             )
-            nets.append(worth - price * (k * step_ms + rows_ms(drafts)))
+            net = worth - reserve - price * (k * step_ms + rows_ms(drafts))
+            nets.append(net if drafts else 0.0)
     return max(nets)
 
 
@@ -386,6 +387,7 @@ def test_the_best_option_is_the_best(data):
         copies=copies,
         model=model,
         shares=shares,
+        reserve=data.draw(st.floats(0, 1)),
         price=price,
         step_ms=0.3,
         rows_ms=rows_ms,
@@ -395,6 +397,19 @@ def test_the_best_option_is_the_best(data):
     assert len(option.copies) == count and all(
         c in (0, copy.length) for c, copy in zip(option.copies, copies, strict=True)
     )
+
+
+def test_a_small_gain_is_left_to_batches_whose_places_are_taken():
+    """Two tokens of luck more or less, and a round for those behind costs what a small gain brings."""
+    slight = costs(
+        rows=[1, 64], target_ms=[10.0, 80.0], draft_ms=[2.8, 63.7], acceptance=[0.9], confidence=[0.9] * BINS
+    )
+    policy = DraftPolicy(slight, longest=1)
+    alone, full = policy.begin([Row(GREEDY)]), policy.begin([Row(GREEDY) for _ in range(4)])
+    assert alone.goes_on() and not full.goes_on()
+    for _ in range(500):
+        policy.places.observe(stayed=3, ended=1, came=1)
+    assert policy.begin([Row(GREEDY) for _ in range(4)]).goes_on()
 
 
 def test_the_length_of_a_copy_is_where_its_next_token_no_longer_pays():
