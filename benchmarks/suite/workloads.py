@@ -59,7 +59,7 @@ def cells(batches: list[int], temperature: float = 0.7) -> list[Cell]:
     ends = sorted({batches[0], batches[-1]})
     found = [Cell(kind, b, 0.0, PROMPTS.get(b, b)) for kind in KINDS for b in batches]
     found += [Cell(CODE, b, temperature, PROMPTS.get(b, b)) for b in batches if b in (1, 8)]
-    found += [Cell(QUEUE, b, 0.0, 3 * b) for b in batches if b == PLACES]
+    found += [Cell(QUEUE, b, 0.0, 2 * b) for b in batches if b == PLACES]
     return found + [Cell(NOISE, b, 0.0, max(b, 2)) for b in ends]
 
 
