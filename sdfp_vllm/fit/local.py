@@ -8,7 +8,7 @@ too, and the best on both is taken. From there on each round tries to drop, add 
 1. One backward pass orders what could be added; every drop, shift and swap, and the best
    additions, are screened by the overlap of their first step with the full model (`first_step.py`).
 2. The most promising are rolled out on the judging text, and if better there, on the held-out text. One is taken
-   if its predicted speed is higher on either, and on both together by more than the standard error of
+   if its predicted speed is higher on each of the two, and on both together by more than the standard error of
    the difference. With none the search ends.
 
 The plan's prediction is over both texts.
@@ -108,7 +108,7 @@ class LocalSearch:
         return max(ran, key=lambda of: log_gain(_pooled(*of), _pooled(*ran[0]), self.cost)[0])
 
     def _judge(self, trial: Trial, now: Trial, held: AcceptedRuns) -> tuple[Trial, AcceptedRuns] | None:
-        """`trial` with its runs on the held-out text, if it is better on either text and clearly so on both."""
+        """`trial` with its runs on the held-out text, if it is better on each text and clearly so on both together."""
         if log_gain(trial, now, self.cost)[0] <= 0:
             return None
         confirmed = self._confirm(trial)
