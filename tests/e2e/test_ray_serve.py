@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -42,24 +43,38 @@ def engine_core(replica: psutil.Process) -> psutil.Process | None:
     return next((c for c in replica.children() if (c.cmdline() or [""])[0] == "VLLM::EngineCore"), None)
 
 
-def replicas(server: subprocess.Popen, ready: bool = False) -> list[psutil.Process]:
-    """The engine replicas' processes; with `ready`, only of those that have started their engines."""
+def replicas(server: subprocess.Popen) -> list[psutil.Process]:
+    """The engine replicas' processes, ready or not: what follows REPLICA in a title is the last call, not the state."""
     found = []
     for process in psutil.Process(server.pid).children(recursive=True):
         try:
             title = (process.cmdline() or [""])[0]
-            started = ".initialize" not in title and engine_core(process) is not None
         except psutil.Error:
             continue
-        if title.startswith(REPLICA) and (started or not ready):
+        if title.startswith(REPLICA):
             found.append(process)
     return found
 
 
-def wait_until(what: str, true, seconds: float = 300) -> None:
+def metrics_page(url: str) -> tuple[str, str]:
+    """When the replica that answers was started, and its metrics; the gateway picks a replica that is ready."""
+    page = urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=30).read().decode()
+    return re.search(r"^process_start_time_seconds (\S+)$", page, re.M)[1], page
+
+
+def metrics(url: str, name: str) -> dict[str, float]:
+    """A metric of vLLM's by replica, asked for until both have answered."""
+    found: dict[str, float] = {}
+    while len(found) < 2:
+        started, page = metrics_page(url)
+        found[started] = float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", page, re.M)[1])
+    return found
+
+
+def wait_until(what: str, true, seconds: float = 300, log: Path | None = None) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"not in {seconds} s: {what}"
+        assert time.monotonic() < end, f"not in {seconds} s: {what}\n{log.read_text()[-4000:] if log else ''}"
         time.sleep(0.5)
 
 
@@ -96,14 +111,19 @@ def server(plain, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str]]:
     with log.open("w") as f:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f, start_new_session=True)
 
+    url = f"http://127.0.0.1:{port}/v1"
+    answered = set()
+
     def up() -> bool:
         said = log.read_text()
         assert process.poll() is None and "build_serve_application failed" not in said, said[-4000:]
-        return len(replicas(process, ready=True)) == 2
+        with contextlib.suppress(OSError):  # the gateway isn't there yet, or it has no replica
+            answered.add(metrics_page(url)[0])
+        return len(answered) == 2
 
     try:
-        wait_until("two replicas are up", up)
-        yield process, f"http://127.0.0.1:{port}/v1"
+        wait_until("two replicas are up", up, log=log)
+        yield process, url
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -148,16 +168,6 @@ def test_errors_keep_vllms_form(client):
         client.completions.create(model="another", prompt="x")
 
 
-def metrics(url: str, name: str) -> dict[str, float]:
-    """A metric of vLLM's by replica: the gateway picks one at a time, so it is asked until both have answered."""
-    found: dict[str, float] = {}
-    while len(found) < 2:
-        page = urllib.request.urlopen(url.removesuffix("/v1") + "/metrics").read().decode()
-        started = re.search(r"^process_start_time_seconds (\S+)$", page, re.M)
-        found[started[1]] = float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", page, re.M)[1])
-    return found
-
-
 def test_a_client_that_leaves_takes_its_request_off_the_engine(server, client):
     before = sum(metrics(server[1], "generation_tokens_total").values())
     request = dict(model="demo", prompt=PROMPTS[0], max_tokens=TOKENS, temperature=0.0, stream=True)
@@ -196,7 +206,8 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(server, client, pla
 @pytest.mark.slow
 def test_a_replica_whose_engine_dies_is_replaced(server):
     """The replica's own process lives on: only the health check can tell."""
-    replica = replicas(server[0], ready=True)[0]
+    metrics(server[1], "num_requests_running")  # the two that answer have engines
+    replica = replicas(server[0])[0]
     core = engine_core(replica)
     assert core is not None
     core.kill()
