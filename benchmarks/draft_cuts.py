@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from engine_here import acceptance, draft_counts, engines_here
 from gpu.engines import make_plan
 
 LENGTH, DRAFTS = 128, 3
@@ -28,13 +28,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.9, help="1: none.")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 0.85, 1.0])
     asked = parser.parse_args()
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    engines_here()
     from vllm import LLM
 
     from sdfp_vllm.demo.prompts import held_out_prompts
@@ -51,6 +45,7 @@ def main() -> None:
             max_num_seqs=64,
             enforce_eager=True,
             disable_log_stats=False,
+            kv_cache_memory_bytes=1 << 30,
             speculative_config={"method": "sdfp", "model": plan, "num_speculative_tokens": DRAFTS},
         )
     prompts = held_out_prompts(model, count=64, tokens=LENGTH)
@@ -60,35 +55,22 @@ def main() -> None:
         row: dict[str, Any] = dict(sampling)
         for name, cut in (("ignored", lambda probs, top_k, top_p: probs), ("followed", follow)):
             proposer.cut = cut
-            row[name] = acceptance(llm, prompts, sampling)
+            row[name] = accepted(llm, prompts, sampling)
         print(json.dumps(row), flush=True)
 
 
-def acceptance(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, float]:
-    """The accepted share of all drafts, and tokens a round, by vLLM's own counters."""
+def accepted(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, float]:
+    """The accepted share of all drafts to `prompts`, and tokens a round."""
     from vllm import SamplingParams
 
-    before = counters(llm)
+    before = draft_counts(llm)
     llm.generate(
         [{"prompt_token_ids": p} for p in prompts],
         SamplingParams(max_tokens=LENGTH, ignore_eos=True, detokenize=False, **sampling),
         use_tqdm=False,
     )
-    spent = {name: value - before[name] for name, value in counters(llm).items()}
-    accepted = spent["num_accepted_tokens"]
-    return {
-        "acceptance": round(accepted / spent["num_draft_tokens"], 3),
-        "tokens a round": round(1 + accepted / spent["num_drafts"], 2),
-    }
-
-
-def counters(llm: Any) -> dict[str, float]:
-    prefix = "vllm:spec_decode_"
-    return {
-        m.name.removeprefix(prefix): m.value
-        for m in llm.get_metrics()
-        if m.name.startswith(prefix) and hasattr(m, "value")
-    }
+    share, length = acceptance(llm, before)
+    return {"acceptance": round(share, 3), "tokens a round": round(length, 2)}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from engine_here import Stopwatch, acceptance, draft_counts, engines_here
 
 from sdfp_vllm.results_file import save_results
 
@@ -80,43 +81,6 @@ def generate(llm: Any) -> tuple[list[list[int]], float]:
     return answers, seconds * 1e3 / (PROMPTS * (NEW - 1))
 
 
-class Stopwatch:
-    """Milliseconds per draft step of a proposer's parts, by round; and what was accepted."""
-
-    def __init__(self, proposer: Any):
-        self.rounds: list[dict[str, float]] = []
-        self._spent: dict[str, float] = defaultdict(float)
-        for name in ("_forward", "_sample_draft_tokens"):
-            setattr(proposer, name, self._timed(name, getattr(proposer, name)))
-        propose = self._timed("step", proposer.propose)
-
-        def a_round(num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            self._spent.clear()
-            out = propose(num_speculative_tokens, *args, **kwargs)
-            self.rounds.append({name: ms / num_speculative_tokens for name, ms in self._spent.items()})
-            return out
-
-        proposer.propose = a_round
-
-    def _timed(self, name: str, call: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            out = call(*args, **kwargs)
-            self._spent[name] += (time.perf_counter() - start) * 1e3
-            return out
-
-        return run
-
-
-def accepted(llm: Any) -> dict[str, float]:
-    prefix = "vllm:spec_decode_num_"
-    return {
-        m.name.removeprefix(prefix): m.value
-        for m in llm.get_metrics()
-        if m.name.startswith(prefix) and hasattr(m, "value")
-    }
-
-
 def measure(model: Path, repeats: int) -> dict[str, Any]:
     """Plain decoding, then every head in turn, then plain decoding again."""
     import torch
@@ -141,22 +105,21 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
                 head = restricted_head(runner.model, torch.arange(vocab // n))
                 assert head is not None
                 heads[vocab // n] = head
-            watch = Stopwatch(runner.drafter)
+            watch = Stopwatch(runner.drafter, ("_forward", "_sample_draft_tokens"))
             seen: dict[int, dict[str, list[float]]] = {size: defaultdict(list) for size in heads}
             for repeat in range(repeats + 1):
                 for size, head in heads.items():
-                    draft._head, watch.rounds, before = head, [], accepted(llm)
+                    draft._head, watch.rounds, before = head, [], draft_counts(llm)
                     answers, ms = generate(llm)
-                    after = accepted(llm)
+                    share, length = acceptance(llm, before)
                     if not repeat:  # warms up
                         continue
                     seen[size]["ms"].append(ms)
                     for round_ in watch.rounds:
                         for name, spent in round_.items():
                             seen[size][name].append(spent)
-                    counted = {name: after[name] - before.get(name, 0) for name in after}
-                    seen[size]["acceptance"].append(counted["accepted_tokens"] / counted["draft_tokens"])
-                    seen[size]["length"].append(1 + counted["accepted_tokens"] / counted["drafts"])
+                    seen[size]["acceptance"].append(share)
+                    seen[size]["length"].append(length)
                     same = [a == w for a, w in zip(answers, want, strict=True)]
                     seen[size]["identical"].append(sum(same) / len(same))
     with running(model) as llm:
@@ -168,7 +131,7 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
         rows[size] = {
             "tokens": size,
             "share": round(size / vocab, 4),
-            "draft_step_ms": round(mid["step"], 2),
+            "draft_step_ms": round(mid["round"], 2),
             "head_and_choice_ms": round(mid["_sample_draft_tokens"], 2),
             "layers_ms": round(mid["_forward"], 2),
             "acceptance": round(mid["acceptance"], 3),
@@ -236,12 +199,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="where the random checkpoint is kept (default: removed)")
     parser.add_argument("--repeats", type=int, default=2)
     asked = parser.parse_args()
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    engines_here()
     import torch
     import vllm
     from dialled import dialled

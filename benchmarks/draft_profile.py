@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine_here import Stopwatch, engines_here
 from gpu.engines import make_plan
 
 PARTS = {
@@ -37,13 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=200)
     asked = parser.parse_args()
-    os.environ |= {
-        "OMP_NUM_THREADS": str(asked.threads),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    engines_here(asked.threads)
     from sdfp_vllm.demo.target import PACKAGED, demo_target
 
     for name, model in (("as trained", PACKAGED / "model"), ("widened", demo_target())):
@@ -63,44 +54,21 @@ def profile(model: Path, tokens: int) -> dict[str, Any]:
             max_model_len=512,
             enforce_eager=True,
             distributed_executor_backend="uni",
+            kv_cache_memory_bytes=1 << 30,
             speculative_config=speculative,
         )
-    proposer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
-    spent: dict[str, float] = defaultdict(float)
-    rounds: list[dict[str, float]] = []
-
-    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            out = call(*args, **kwargs)
-            spent[name] += (time.perf_counter() - start) * 1e3
-            return out
-
-        return run
-
-    for part in PARTS:
-        setattr(proposer, part, timed(part, getattr(proposer, part)))
-    propose = timed("round", proposer.propose)
-
-    def a_round(num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        spent.clear()
-        out = propose(num_speculative_tokens, *args, **kwargs)
-        if num_speculative_tokens:
-            rounds.append({name: ms / num_speculative_tokens for name, ms in spent.items()})
-        return out
-
-    proposer.propose = a_round
+    watch = Stopwatch(llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter, tuple(PARTS))
     llm.generate(
         ["def main(argv):\n"],
         SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True),
         use_tqdm=False,
     )
-    ms = {name: statistics.median(r[name] for r in rounds) for name in ("round", *PARTS)}
+    ms = {name: statistics.median(r[name] for r in watch.rounds) for name in ("round", *PARTS)}
     rest = ms["round"] - sum(ms[part] for part in PARTS)
     shown = {label: round(ms[part], 3) for part, label in PARTS.items()}
     model_share = (ms["_forward"] + ms["_sample_draft_tokens"]) / ms["round"]
     return {
-        "rounds": len(rounds),
+        "rounds": len(watch.rounds),
         "round": round(ms["round"], 3),
         **shown,
         "rest": round(rest, 3),
