@@ -1,4 +1,4 @@
-"""Sampled drafts of requests with a top-k or top-p: these, applied to the draft's own logits.
+"""Sampled drafts: the request's temperature, top-k and top-p, applied to the draft's own logits, and a draw.
 
 The target's distribution is cut that way before drafts are held against it, so what a draft draws outside
 of the cut is rejected. Which distribution drafts come from decides only how many are accepted: output is

@@ -215,11 +215,8 @@ class SdfpProposer(DraftModelProposer):
             tokens = step.tokens
 
     def _sample_with_confidence(self, hidden: torch.Tensor, sampling: SamplingMetadata) -> DraftStep:
-        if self._has_cuts(sampling):
-            return self._sample_within_cuts(hidden, sampling)
-        if self._enable_probabilistic_draft_probs and not sampling.all_greedy:
-            tokens, probs = self._sample_draft_tokens(hidden, sampling)
-            return DraftStep(tokens, probs, probs.amax(-1))  # type: ignore[union-attr]
+        if self._is_sampled(sampling):
+            return self._draw(hidden, sampling)
         draft: Any = self.model
         logits = draft.compute_logits(hidden).float()
         top, tokens = logits.max(-1)
@@ -228,35 +225,30 @@ class SdfpProposer(DraftModelProposer):
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Upstream's, but a request with a seed draws its drafts from its own generator, so that it repeats,
-        and a request with a top-k or top-p draws them within these.
+        """Upstream's where all is greedy. Where not, drafts are drawn within their request's top-k and top-p, and
+        from its own generator where it has a seed, so that it repeats.
 
         Returns:
             int64 [batch] tokens, and their distributions, float32 [batch, vocabulary], where sampled.
         """
-        if self._has_cuts(sampling_metadata):
-            step = self._sample_within_cuts(hidden_states, sampling_metadata)
-            return step.tokens, step.probs
-        tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
-        if probs is not None:
-            for row, generator in sampling_metadata.generators.items():
-                noise = torch.empty_like(probs[row]).exponential_(generator=generator)
-                tokens[row] = (probs[row] / noise).argmax()
-        return tokens, probs
+        if not self._is_sampled(sampling_metadata):
+            return super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        step = self._draw(hidden_states, sampling_metadata)
+        return step.tokens, step.probs
 
-    def _has_cuts(self, sampling: SamplingMetadata) -> bool:
-        """Whether drafts are sampled and some request of the batch has a top-k or top-p."""
-        sampled = self._enable_probabilistic_draft_probs and not sampling.all_greedy
-        return sampled and (sampling.top_k is not None or sampling.top_p is not None)
+    def _is_sampled(self, sampling: SamplingMetadata) -> bool:
+        """Whether drafts of this batch are drawn from distributions."""
+        return self._enable_probabilistic_draft_probs and not sampling.all_greedy
 
-    def _sample_within_cuts(self, hidden: torch.Tensor, sampling: SamplingMetadata) -> DraftStep:
+    def _draw(self, hidden: torch.Tensor, sampling: SamplingMetadata) -> DraftStep:
         draft: Any = self.model
         assert sampling.temperature is not None
         greedy = sampling.temperature < GREEDY_BELOW
         probs = tempered(draft.compute_logits(hidden), torch.where(greedy, 1.0, sampling.temperature))
         # Before the cut, which would hide what a pacer wants to know: with top_k = 1 all would be certain.
         confidence = probs.amax(-1)
-        probs = cut(probs, sampling.top_k, sampling.top_p)
+        if sampling.top_k is not None or sampling.top_p is not None:
+            probs = cut(probs, sampling.top_k, sampling.top_p)
         tokens = draw(probs, sampling.generators)
         if not sampling.all_random:
             tokens = torch.where(greedy, probs.argmax(-1), tokens)
