@@ -94,14 +94,16 @@ class BridgeFitter:
     def __init__(self, stack: DecoderStack, text: Continuations):
         self.stack = stack
         self._ids = text.ids
-        self._full: list[FullPass] = []
+        self._full = list(text.full)
         streams = []  # per window [L + 1, T, H]: what enters each layer, and the final norm
         with rollout_attention(stack):
             for window in self._ids:
-                self._full.append(FullPass())
+                full = FullPass()
                 with _recording([*stack.layers, stack.norm]) as entered:
-                    self._forward(window, torch.arange(len(window), device=window.device), self._full[-1])
+                    self._forward(window, torch.arange(len(window), device=window.device), full)
                 streams.append(torch.stack(entered))
+                if not text.full:  # K/V that came with the text are not held twice
+                    self._full.append(full)
         # The first position, where attention sinks live, is never drafted; past its end a text is not read.
         position = torch.arange(self._ids.shape[1], device=stack.device)
         used = (position > 0) & (position < text.ends.to(stack.device)[:, None])

@@ -216,15 +216,15 @@ def _choose(
     if _confirms(options):
         assert rest is not None
         held, rest = rest.split(options.text_sequences)
-    with bar.step("Trying drafts", len(text.ids) - (len(rest.ids) if rest else 0) + steps) as advance:
+    with bar.step("Trying drafts", steps) as advance:
 
         def news(line: str) -> None:
             advance(1, f"Trying drafts ({line})")
 
-        rollout = DraftRollout(stack, tried, advance)
+        rollout = DraftRollout(stack, tried)
         problem = Problem(
             rollout,
-            DraftRollout(stack, held, advance) if held else None,
+            DraftRollout(stack, held) if held else None,
             scores,
             cost,
             form=options.score_form,

@@ -13,8 +13,9 @@ Rows whose draft was wrong leave after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,16 @@ class Continuations:
         ids: int64 [N, T].
         first: Position of the first token that the target wrote.
         ends: int64 [N], the length of each sequence up to and including its first end-of-text token.
+        chosen: int64 [N, T - first], the token that the target chooses after each position from `first` on;
+            None where it is not known, as in text that was read or sampled.
+        full: With `chosen`, the full model's K/V of each sequence: views of one tensor a layer, freed together.
     """
 
     ids: Tensor
     first: int
     ends: Tensor
+    chosen: Tensor | None = None
+    full: Sequence[FullPass] = ()
 
     def written(self) -> Tensor:
         """The tokens that the target wrote, int64 [n]: what a draft has to propose."""
@@ -53,8 +59,12 @@ class Continuations:
 
     def split(self, count: int) -> tuple[Continuations, Continuations | None]:
         """The first `count` sequences, and the others (None: there are none)."""
-        rest = Continuations(self.ids[count:], self.first, self.ends[count:])
-        return Continuations(self.ids[:count], self.first, self.ends[:count]), rest if len(rest.ids) else None
+        rest = self._part(slice(count, None))
+        return self._part(slice(count)), rest if len(rest.ids) else None
+
+    def _part(self, which: slice) -> Continuations:
+        chosen = None if self.chosen is None else self.chosen[which]
+        return Continuations(self.ids[which], self.first, self.ends[which], chosen, self.full[which])
 
 
 @torch.no_grad()
@@ -63,21 +73,28 @@ def greedy_continuations(
 ) -> Continuations:
     """Continues each prompt with the target's most likely tokens, the text that greedy drafting meets.
 
+    The K/V and choices of the writing are kept: a rollout over the text needs no further pass of the full model.
+
     Args:
         prompts: int64 [N, P], no padding.
         new_tokens: Tokens to add to each.
-        advance: Called with 1 after each token position.
+        advance: Called with 1 after each token added.
     """
-    cache = DynamicCache(config=stack.config)
-    ids = step = prompts.to(stack.device)
-    for _ in range(new_tokens):
+    cache = DynamicCache()  # not told of sliding windows, which would drop the K/V behind them
+    written = step = prompts.to(stack.device)
+    for i in range(new_tokens + 1):  # one more: what the target chooses after the text
         logits = stack.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         step = logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, step], dim=1)
-        if advance:
+        written = torch.cat([written, step], dim=1)
+        if advance and i < new_tokens:
             advance(1)
-    first = prompts.shape[1]
-    return Continuations(ids, first, _ends(stack, ids, first))
+    ids, first = written[:, :-1], prompts.shape[1]
+    layers: list[tuple[int, Any]] = list(enumerate(cache.layers))
+    full = [
+        FullPass({i: layer.keys[n] for i, layer in layers}, {i: layer.values[n] for i, layer in layers})
+        for n in range(len(ids))
+    ]
+    return Continuations(ids, first, _ends(stack, ids, first), written[:, first + 1 :], full)
 
 
 def _ends(stack: DecoderStack, ids: Tensor, first: int) -> Tensor:
@@ -90,27 +107,29 @@ def _ends(stack: DecoderStack, ids: Tensor, first: int) -> Tensor:
 
 
 class DraftRollout:
-    """Runs drafts over the target's own text; the full pass is done once, at construction.
+    """Runs drafts over the target's own text.
 
-    Memory: K/V of all layers for all of `text` (2 * N * T * Hkv * D numbers a layer).
+    The full model's K/V and choices come with the text; where they do not, a full pass is done once, at construction.
+    Memory: K/V of all layers for all of `text` (2 * N * T * Hkv * D numbers a layer), held once.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, stack: DecoderStack, text: Continuations, advance: Callable[[int], None] | None = None
-    ):
+    def __init__(self, stack: DecoderStack, text: Continuations):
         self.stack, self.text = stack, text
-        self.full: list[FullPass] = []
-        chosen = []
-        with rollout_attention(stack):
-            for ids in text.ids:
-                prefill = FullPass()
-                position = torch.arange(len(ids), device=ids.device)
-                chosen.append(self._argmax(self.hidden(ids, position, prefill), stack.head))
-                self.full.append(prefill)
-                if advance:
-                    advance(1)
-        self.target = torch.stack(chosen)  # int64 [N, T]: the token the target chooses after each position
+        # `target`, int64 [N, T - first]: the token the target chooses after each position from `first` on.
+        if text.chosen is None:
+            self.full, self.target = self._full_passes()
+        else:
+            self.full, self.target = text.full, text.chosen
+
+    def _full_passes(self) -> tuple[Sequence[FullPass], Tensor]:
+        full, chosen = [], []
+        with rollout_attention(self.stack):
+            for ids in self.text.ids:
+                full.append(FullPass())
+                hidden = self.hidden(ids, torch.arange(len(ids), device=ids.device), full[-1])
+                chosen.append(self._argmax(hidden[self.text.first :], self.stack.head))
+        return full, torch.stack(chosen)
 
     @torch.no_grad()
     def run(
@@ -146,7 +165,8 @@ class DraftRollout:
                 if len(rows.start):
                     position = rows.start + j
                     hidden = self.hidden(text.ids[rows.sequence, position], position, rows)
-                    right = self._argmax(hidden, head, tokens) == self.target[rows.sequence, position]
+                    target = self.target[rows.sequence, position - text.first]
+                    right = self._argmax(hidden, head, tokens) == target
                     if watch:
                         watch(_confidence(head, hidden), right)
                     rows = rows.select(right)

@@ -7,7 +7,7 @@ attention goes through it: grouped heads, sliding windows and score caps come as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class DraftRows:
     `chain[layer]` holds per step the K and V [Hkv, R, D] that the rows wrote in this round.
     """
 
-    full: list[FullPass]
+    full: Sequence[FullPass]
     sequence: Tensor  # int64 [R]
     start: Tensor  # int64 [R], absolute positions
     chain: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)

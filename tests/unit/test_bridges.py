@@ -155,10 +155,23 @@ def test_the_rollout_with_bridges_equals_drafting_one_token_at_a_time():
                         past_key_values=cache,
                         use_cache=True,
                     )
-                    if out.logits[0, 0].argmax() != rollout.target[n, position]:
+                    if out.logits[0, 0].argmax() != rollout.target[n, position - text.first]:
                         break
                     accepted += 1
             assert runs.lengths[n, start - 9] == accepted
+
+
+def test_k_and_v_that_came_with_the_text_are_fitted_with(monkeypatch):
+    monkeypatch.setattr(bridges_module, "fit_bridge", lambda *args: (*fit_bridge(*args)[:2], 0.5))
+    stack = DecoderStack(tiny_model("gemma3_text", eos_token_id=None))
+    written = greedy_continuations(stack, tiny_ids(4, 9), 14)
+    fitter = BridgeFitter(stack, written)
+    assert [id(full) for full in fitter._full] == [id(full) for full in written.full]
+    again = BridgeFitter(stack, Continuations(written.ids, written.first, written.ends))
+    ours, theirs = (f.fit(KEEP, "bias", 0).bridges for f in (fitter, again))
+    assert ours.keys() == theirs.keys() and len(ours) == 2
+    for run, bridge in ours.items():
+        torch.testing.assert_close(bridge.shift, theirs[run].shift, atol=1e-4, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was():

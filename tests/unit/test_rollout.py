@@ -58,8 +58,7 @@ class _Recording(DraftRollout):
         if hasattr(self, "target"):
             self.seen.append(self.stack.head(hidden))
             step = len(self.seen) - 1
-            starts = torch.arange(self.text.first, self.text.ids.shape[1] - step)
-            return self.target[:, starts + step].flatten()
+            return self.target[:, step:].flatten()
         return super()._argmax(hidden, *head)
 
 
@@ -97,8 +96,35 @@ def test_with_all_layers_every_draft_is_accepted(stack):
 def test_the_continuation_is_the_targets_own_greedy_choice(stack):
     text = _text(stack)
     rollout = DraftRollout(stack, text)
-    assert torch.equal(rollout.target[:, PROMPT - 1 : -1], text.ids[:, PROMPT:])
-    assert torch.equal(stack.logits(text.ids).argmax(-1)[:, PROMPT:], rollout.target[:, PROMPT:])
+    assert torch.equal(rollout.target[:, :-1], text.ids[:, PROMPT + 1 :])
+    chosen = stack.logits(text.ids).argmax(-1)
+    assert torch.equal(chosen[:, PROMPT - 1 : -1], text.ids[:, PROMPT:])
+    assert torch.equal(chosen[:, PROMPT:], rollout.target)
+
+
+def test_what_the_writing_computed_is_what_a_full_pass_computes(stack):
+    """To the last position, in sliding layers too; with it as many drafts are accepted."""
+    whole = _text(stack, sequences=4)
+    _, text = whole.split(1)
+    assert text is not None
+    kept, again = (
+        DraftRollout(stack, text),
+        DraftRollout(stack, Continuations(text.ids, text.first, text.ends)),
+    )
+    assert kept.full is not again.full and torch.equal(kept.target, again.target)
+    for ours, theirs in zip(kept.full, again.full, strict=True):
+        torch.testing.assert_close(
+            (ours.keys, ours.values), (theirs.keys, theirs.values), atol=1e-4, rtol=1e-4
+        )
+    for keep in (KEEP, PARTIAL, range(stack.num_layers)):
+        ours, theirs = kept.run(keep, STEPS), again.run(keep, STEPS)
+        assert torch.equal(ours.lengths, theirs.lengths) and torch.equal(ours.ends, theirs.ends)
+
+
+def test_progress_counts_the_tokens_added():
+    ticks: list[int] = []
+    greedy_continuations(_tiny(), tiny_ids(2, PROMPT), NEW, ticks.append)
+    assert ticks == [1] * NEW
 
 
 def test_runs_count_leading_hits_and_stop_at_the_end_of_the_text(stack):
