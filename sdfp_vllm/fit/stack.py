@@ -252,4 +252,6 @@ def load_target(
             f"{len(absent)} weights are missing or of the wrong shape, the first is {absent[0]}",
             "Download or save the model again.",
         )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # the default, PyTorch's own, leaves Gemma 2's cap out
     return (model if device == "auto" else model.to(device)).eval()

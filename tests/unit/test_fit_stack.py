@@ -6,9 +6,17 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_config, tiny_ids, tiny_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.keep import KeepSet
 
@@ -165,6 +173,20 @@ def test_load_target_round_trip(tmp_path):
     assert load_target(tmp_path, dtype=torch.bfloat16).dtype is torch.bfloat16
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_load_target_obeys_gemma_2s_score_cap(tmp_path):
+    """Text and K/V come from the model's own attention, drafts from ours, which caps."""
+    config = Gemma2Config(**tiny_config("llama").to_dict(), attn_logit_softcapping=0.5)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    stack = DecoderStack(load_target(tmp_path))
+    with torch.no_grad():
+        for p in stack.model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    text = greedy_continuations(stack, tiny_ids(), 8)
+    again = DraftRollout(stack, Continuations(text.ids, text.first, text.ends))
+    for ours, theirs in zip(text.full, again.full, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
 
 
 def test_load_target_refuses_missing_folder(tmp_path):
