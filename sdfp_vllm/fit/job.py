@@ -249,7 +249,7 @@ def _choose(
             check_head(options.head, vocab_size),
             found,
             rollout,
-            lambda: _ranking(stack, rest, tokenizer, vocab_size, options),
+            lambda: _ranking(stack, rest or held, tokenizer, vocab_size, options),
             vocab_size,
             draft_tokens=options.draft_tokens,
             news=lambda line: advance(0, f"Draft head ({line})"),
@@ -272,7 +272,8 @@ def _ranking(
 ) -> Tensor:
     """Token ids by frequency in the calibration source and in text of the target, int64 [vocab_size].
 
-    Neither holds the prompts that drafts are tried on, or their continuations.
+    Neither holds the prompts that heads are tried on, or their continuations. `own` is such text, the held-out
+    one included; None has the target write it.
     """
     n = options.text_sequences
     if own is None:
