@@ -3,15 +3,18 @@
     make bench                       # python benchmarks/suite
     python benchmarks/suite --repeats 1 --batches 1 8 --shapes      # a quick look
 
-All engines are vLLM's, in float32 and eager on this machine's CPU, one process each, and take turns: turn after
-turn the same prompts go to each of them, so that a machine that drifts slows all alike. A ratio is
-decoding speed (tokens after each request's first, over their time) over plain vLLM's in the same turn; shown are
-the median over the repeats, and the least and the most. Other repeats have other prompts.
+All engines are vLLM's, eager on this machine's CPU and in float32 (the random checkpoints in bfloat16 where this CPU
+multiplies that), one process each, and take turns: turn after turn the same prompts go to each of them, so that a
+machine that drifts slows all alike. A ratio is decoding speed (tokens after each request's first, over their time)
+over plain vLLM's in the same turn; shown are the median over the repeats, and the least and the most. Other repeats
+have other prompts.
 
 The demo target is cost-scaled and its redundancy is trained in; the other shapes are random checkpoints
 whose acceptance is dialled (benchmarks/dialled.py): synthetic workloads. `bound` is what a method's own
 acceptance and rounds allow at the costs of the forwards measured before the run, all else free; `efficiency` is
 the ratio over it.
+
+Not run unless asked for: `--methods plain sdfp "sdfp, fixed length"`, SDFP at its plan's length in every round.
 
 Writes benchmarks/results/latest.json, .md and .png. Take a quiet machine.
 """
@@ -37,6 +40,8 @@ from engines import (
     SUFFIX,
     dialled_model,
     draft_cost,
+    fitting,
+    half_if_fast,
     methods_at_hand,
     spec,
     speculative,
@@ -67,7 +72,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=33)
-    parser.add_argument("--methods", nargs="+", default=[PLAIN, SDFP, FIXED, DRAFT_MODEL, NGRAM, SUFFIX])
+    parser.add_argument("--methods", nargs="+", default=[PLAIN, SDFP, DRAFT_MODEL, NGRAM, SUFFIX])
     parser.add_argument("--shapes", nargs="*", choices=list(DIALLED), default=list(DIALLED))
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -108,7 +113,7 @@ def demo_part(asked: argparse.Namespace, folder: Path, console: Console, result:
     result["models"][DEMO] = rows
     result["notes"][DEMO] = (
         f"Cost-scaled, redundancy trained in. {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers draft; "
-        f"fixed length {plan.num_speculative_tokens}; draft_model is a separate 2-layer model, "
+        f"the plan's length is {plan.num_speculative_tokens}; draft_model is a separate 2-layer model, "
         "its weights beside the target's."
     )
     return {"headline": headline(rows)}
@@ -118,18 +123,24 @@ def shape_part(
     shape: str, asked: argparse.Namespace, folder: Path, console: Console, result: dict[str, Any]
 ) -> None:
     """A real model's shape with random weights and dialled acceptance."""
+    dtype = half_if_fast()
     with console.status(f"Preparing a random checkpoint of the shape {shape}"):
-        model, plan, where = dialled_model(shape, demo_cache() / "dialled")
+        model, plan, where = dialled_model(shape, demo_cache() / "dialled", dtype)
     name = f"{shape}, random weights"
     noise = [Cell(NOISE, b, 0.0, b) for b in asked.batches if b in (1, 8)]
-    methods = [m for m in (PLAIN, SDFP, FIXED, NGRAM) if m in asked.methods]
+    methods = fitting([m for m in (PLAIN, SDFP, FIXED, NGRAM) if m in asked.methods], model, dtype)
+    kind = str(dtype).removeprefix("torch.")
     result["models"][name] = compare(
-        model, where, plan, methods, noise, asked, console, dtype="bfloat16", repeats=min(asked.repeats, 2)
+        model, where, plan, methods, noise, asked, console, dtype=kind, repeats=min(asked.repeats, 2)
     )
     result["notes"][name] = (
-        f"Synthetic: random weights in bfloat16, {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers at full "
-        f"strength, the others at {DIALLED[shape]['scale']}; prompts of random tokens; fixed length "
-        f"{plan.num_speculative_tokens}. Texts may differ from plain decoding's in this precision, as in vLLM."
+        f"Synthetic: random weights in {kind}, {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers at full "
+        f"strength, the others at {DIALLED[shape]['scale']}; prompts of random tokens."
+        + (
+            " Texts may differ from plain decoding's in this precision, as in vLLM."
+            if dtype.itemsize < 4
+            else ""
+        )
     )
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from dialled import SHAPES, dialled
 from workloads import PLACES
@@ -22,6 +23,7 @@ from sdfp_vllm.plan import Candidate, Prediction, Provenance, SkipPlan
 PLAIN, SDFP, FIXED, DRAFT_MODEL, NGRAM, SUFFIX = (
     "plain", "sdfp", "sdfp, fixed length", "draft_model", "ngram", "suffix",
 )  # fmt: skip
+_OWN_GIB = 2.0  # of an engine beside its weights: the KV cache, the libraries
 DRAFT_MODEL_TOKENS = 2  # what suits the demo's separate draft best
 # Layers that draft in the random checkpoints, the others' share of what a layer adds, and the draft length.
 DIALLED = {
@@ -56,6 +58,18 @@ def methods_at_hand(asked: Sequence[str]) -> list[str]:
     return [m for m in asked if m != SUFFIX or find_spec("arctic_inference")]
 
 
+def half_if_fast() -> torch.dtype:
+    """bfloat16 where oneDNN, and with it vLLM, has products for it on this CPU; where it is emulated, float32 is faster."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def fitting(methods: Sequence[str], model: Path, dtype: torch.dtype) -> list[str]:
+    """The first of `methods` that memory holds engines of `model` for, at once; two at least."""
+    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # in bfloat16
+    engine = 1.4 * stored * dtype.itemsize / 2 + _OWN_GIB * 2**30  # packed copies come on top of the weights
+    return list(methods[: max(2, int(psutil.virtual_memory().available / engine))])
+
+
 def spec(
     model: Path, turns: list[Turn], warm_up: list[int], settings: dict[str, Any] | None, **changes: Any
 ) -> EngineSpec:
@@ -79,12 +93,12 @@ def draft_cost(draft: Path) -> MeasuredCost:
     return measure_cost(DecoderStack(load_target(draft, torch.float32)))
 
 
-def dialled_model(name: str, folder: Path) -> tuple[Path, SkipPlan, Path]:
-    """A random checkpoint of the shape `name`, its plan and where that lies. Its costs are measured here."""
+def dialled_model(name: str, folder: Path, dtype: torch.dtype) -> tuple[Path, SkipPlan, Path]:
+    """A random checkpoint of the shape `name`, its plan and where that lies. Its costs are measured here, in `dtype`."""
     dial = DIALLED[name]
     keep: list[int] = dial["keep"]  # type: ignore[assignment]
     model = dialled(folder / name, name, keep, dial["scale"], tokenizer=True)  # type: ignore[arg-type]
-    stack = DecoderStack(load_target(model, torch.bfloat16))
+    stack = DecoderStack(load_target(model, dtype))
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(SHAPES[name]["vocab_size"], (16, 32), generator=generator)
     text = greedy_continuations(stack, prompts, 32)

@@ -6,6 +6,7 @@ another shape than torch's (float32 has no cliff at 4 rows, for one).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -22,12 +23,14 @@ def engine_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     Upstream symbols: `vllm._custom_ops.create_onednn_mm` and `onednn_mm` (checked on 0.32.0),
     which `dispatch_cpu_unquantized_gemm` picks for all but small half-precision weights; they
     are used directly because importing that function takes several seconds more. Falls back to
-    torch's own product where the weight is on another device or vLLM has no such kernel.
+    torch's own product where the weight is on another device, where vLLM has no such kernel, and, as
+    vLLM does, where oneDNN has none for this CPU (half precision without AVX-512).
     """
     weight = linear.weight
     if weight.device.type == "cpu" and (ops := _onednn()) is not None:
-        handler = ops.create_onednn_mm(weight.detach().t(), _PRIMITIVES)
-        return lambda x: ops.onednn_mm(handler, x, None)
+        with contextlib.suppress(RuntimeError):
+            handler = ops.create_onednn_mm(weight.detach().t(), _PRIMITIVES)
+            return lambda x: ops.onednn_mm(handler, x, None)
     return lambda x: nn.functional.linear(x, weight)
 
 

@@ -8,6 +8,7 @@ from tiny_models import ARCHITECTURES, tiny_model
 
 from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
 from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.integration import cpu_linear
 from sdfp_vllm.integration.cpu_linear import engine_linear
 from sdfp_vllm.keep import KeepSet
 
@@ -82,7 +83,22 @@ def test_a_wider_layer_and_a_larger_vocabulary_cost_more():
     assert b.head[0] > 2 * a.head[0]
 
 
-def test_the_engines_product_is_the_same_product():
-    linear = torch.nn.Linear(64, 48, bias=False)
-    x = torch.randn(5, 64)
-    torch.testing.assert_close(engine_linear(linear)(x), linear(x), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_engines_product_is_the_same_product(dtype):
+    """On CPUs too where oneDNN has no product of half precision: vLLM falls back there, and so do we."""
+    linear = torch.nn.Linear(64, 48, bias=False, dtype=dtype)
+    x = torch.randn(5, 64, dtype=dtype)
+    near = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(engine_linear(linear)(x), linear(x), atol=near, rtol=near)
+
+
+def test_where_onednn_has_no_product_torchs_is_measured(monkeypatch):
+    class NoProduct:
+        @staticmethod
+        def create_onednn_mm(weight, cache):
+            raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
+
+    monkeypatch.setattr(cpu_linear, "_onednn", lambda: NoProduct)
+    linear = torch.nn.Linear(8, 4, bias=False)
+    x = torch.randn(2, 8)
+    assert torch.equal(engine_linear(linear)(x), linear(x))
