@@ -54,7 +54,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """Ratio to plain decoding over the batch size, a panel for each model and kind of prompt."""
+    """Ratio to plain decoding over the batch size, a panel for each model and kind of prompt; none with one batch size."""
     from matplotlib.figure import Figure
 
     panels = [
@@ -63,6 +63,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
         for kind in dict.fromkeys(r["kind"] for r in rows)
         if len({r["batch"] for r in rows if r["kind"] == kind}) > 1
     ]
+    if not panels:
+        return
     figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (model, kind, rows) in zip(axes, panels, strict=True):
