@@ -155,7 +155,9 @@ def run_engine(spec: EngineSpec) -> Measurement:
 
 
 def run_engines(
-    specs: Sequence[EngineSpec], on_step: Callable[[int, int], None] = lambda engine, done: None
+    specs: Sequence[EngineSpec],
+    on_step: Callable[[int, int], None] = lambda engine, done: None,
+    goes_on: Callable[[int], bool] = lambda turn: True,
 ) -> list[Measurement]:
     """Runs all engines at once but in turns: turn 0 on each, then turn 1 on each, and so on.
 
@@ -166,6 +168,7 @@ def run_engines(
     Args:
         specs: One per engine.
         on_step: Called as (engine at work, steps done); an engine's start and each turn are a step.
+        goes_on: Asked before each turn; False ends the run, with the turns so far.
 
     Raises:
         SdfpError: If an engine fails; carries the end of its output.
@@ -181,6 +184,8 @@ def run_engines(
             engines[-1].pause()
             done += 1
         for turn in range(max(len(spec.turns) for spec in specs)):
+            if not goes_on(turn):
+                break
             for i, engine in enumerate(engines):
                 if turn < len(engine.spec.turns):
                     on_step(i, done)
@@ -260,11 +265,11 @@ class _EngineProcess:
         )
 
 
-def measure(spec: EngineSpec, ready: Callable[[], None] = lambda: None) -> Measurement:
+def measure(spec: EngineSpec, ready: Callable[[], bool] = lambda: True) -> Measurement:
     """Builds the engine in this process and generates. Use `run_engine` unless this process is for it alone.
 
     Args:
-        ready: Called before each turn, outside of the timing, and once after the last; may block.
+        ready: Called before each turn, outside of the timing, and once after the last; may block. False ends the run.
     """
     import vllm
     from vllm import LLM, SamplingParams
@@ -318,11 +323,9 @@ def measure(spec: EngineSpec, ready: Callable[[], None] = lambda: None) -> Measu
         )
 
     generate([spec.warm_up], _WARM_UP_TOKENS, 0.0)
-    turns = []
-    for turn in spec.turns:
-        ready()
-        turns.append(run(turn))
-    ready()
+    turns: list[TurnMeasurement] = []
+    while ready() and len(turns) < len(spec.turns):
+        turns.append(run(spec.turns[len(turns)]))
     return Measurement(
         turns=turns,
         start_seconds=start_seconds,
@@ -354,9 +357,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     with (folder / "progress").open("ab", buffering=0) as progress:
 
-        def ready() -> None:
+        def ready() -> bool:
             progress.write(b".")
-            sys.stdin.readline()
+            return bool(sys.stdin.readline())
 
         measurement = measure(EngineSpec.model_validate_json((folder / "spec.json").read_text()), ready)
     new = folder / "result.new"

@@ -7,7 +7,8 @@ All engines are vLLM's, eager on this machine's CPU and in float32 (the random c
 multiplies that), one process each, and take turns: turn after turn the same prompts go to each of them, so that a
 machine that drifts slows all alike. A ratio is decoding speed (tokens after each request's first, over their time)
 over plain vLLM's in the same turn; shown are the median over the repeats, and the least and the most. Other repeats
-have other prompts.
+have other prompts. Plain vLLM and SDFP are asked up to three times, as time allows; their rivals once, and not with
+noise or a queue.
 
 The demo target is cost-scaled and its redundancy is trained in; the other shapes are random checkpoints
 whose acceptance is dialled (benchmarks/dialled.py): synthetic workloads. `bound` is what a method's own
@@ -49,7 +50,7 @@ from engines import (
 from figures import headline, least_time, row
 from pages import picture, tables
 from rich.console import Console
-from workloads import NOISE, Cell, cells, turn
+from workloads import KINDS, NOISE, Cell, cells, turn
 
 from sdfp_vllm.demo.run import provenance
 from sdfp_vllm.demo.target import demo_cache, demo_draft, demo_target
@@ -69,7 +70,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="of plain vLLM and SDFP, as time allows")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=25,
+        help="after which the demo target's repeats end; one is run to its end",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=33)
     parser.add_argument("--methods", nargs="+", default=[PLAIN, SDFP, DRAFT_MODEL, NGRAM, SUFFIX])
@@ -81,21 +88,25 @@ def main() -> None:
     result: dict[str, Any] = {
         "cost_scaled": True,
         "settings": vars(asked) | {"out": None},
+        "headline": {},
         "models": {},
         "notes": {},
         "left_out": sorted(set(asked.methods) - set(methods_at_hand(asked.methods))),
         "provenance": provenance(),
     }
     with tempfile.TemporaryDirectory(prefix="sdfp-bench-") as folder:
-        result |= demo_part(asked, Path(folder), console, result)
-        write(result, asked.out, began)
         for shape in asked.shapes:
             shape_part(shape, asked, Path(folder), console, result)
             write(result, asked.out, began)
+        # Last, for it takes what time is left.
+        demo_part(asked, Path(folder), console, result, until=began + 60 * asked.minutes)
+        write(result, asked.out, began)
     console.print(f"Wrote {asked.out / 'latest.json'}, latest.md, latest.png; {time.time() - began:.0f} s")
 
 
-def demo_part(asked: argparse.Namespace, folder: Path, console: Console, result: dict[str, Any]) -> dict:
+def demo_part(
+    asked: argparse.Namespace, folder: Path, console: Console, result: dict[str, Any], until: float
+) -> None:
     """The demo target in every cell with every method; the plan is made anew, on the machine as it is now."""
     with console.status("Preparing the cost-scaled demo models (first run only)"):
         target, draft = demo_target(), demo_draft()
@@ -108,15 +119,16 @@ def demo_part(asked: argparse.Namespace, folder: Path, console: Console, result:
     methods = methods_at_hand(asked.methods)
     costs = draft_cost(draft) if DRAFT_MODEL in methods else None
     rows = compare(
-        target, folder / "plan", plan, methods, cells(asked.batches), asked, console, draft=draft, costs=costs
-    )
-    result["models"][DEMO] = rows
+        target, folder / "plan", plan, methods, cells(asked.batches), asked, console,
+        draft=draft, costs=costs, until=until,
+    )  # fmt: skip
+    result["models"] = {DEMO: rows} | result["models"]
+    result["headline"] = headline(rows)
     result["notes"][DEMO] = (
         f"Cost-scaled, redundancy trained in. {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers draft; "
         f"the plan's length is {plan.num_speculative_tokens}; draft_model is a separate 2-layer model, "
         "its weights beside the target's."
     )
-    return {"headline": headline(rows)}
 
 
 def shape_part(
@@ -155,11 +167,17 @@ def compare(
     *,
     dtype: str = "float32",
     repeats: int | None = None,
+    until: float = float("inf"),
     draft: Path | None = None,
     costs: Any = None,
 ) -> list[dict[str, Any]]:
-    """Rows of every method in every cell."""
+    """Rows of every method in every cell. Rivals are asked once, and in cells of KINDS alone where there are any.
+
+    Args:
+        until: When, on `time.time`, repeats end; the first is run to its end.
+    """
     repeats = repeats or asked.repeats
+    compared = sum(cell.kind in KINDS for cell in chosen) or len(chosen)  # they stand first
     turns = [
         turn(cell, model, asked.prompt_tokens, asked.new_tokens, seed)
         for seed in range(repeats)
@@ -167,25 +185,39 @@ def compare(
     ]
     k = plan.num_speculative_tokens
     specs = [
-        spec(model, turns, WARM_UP, speculative(method, str(where), k, draft), dtype=dtype)
+        spec(
+            model,
+            turns if method in (PLAIN, SDFP, FIXED) else turns[:compared],
+            WARM_UP,
+            speculative(method, str(where), k, draft),
+            dtype=dtype,
+        )
         for method in methods
     ]
-    with stages(console) as bar, bar.step("Engines", len(specs) * (1 + len(turns))) as advance:
-        done = 0
+    with stages(console) as bar, bar.step("Engines", sum(1 + len(s.turns) for s in specs)) as advance:
+        done, what = 0, "starting"
 
         def on_step(engine: int, step: int) -> None:
             nonlocal done
-            at = (step - len(specs)) // len(specs) % len(chosen)
-            what = "starting" if step < len(specs) else chosen[at].name
             advance(step - done, f"{methods[engine]}: {what}")
             done = step
 
-        measured = dict(zip(methods, run_engines(specs, on_step), strict=True))
+        def goes_on(turn: int) -> bool:
+            nonlocal what
+            what = chosen[turn % len(chosen)].name
+            return turn < len(chosen) or time.time() < until
+
+        measured = dict(zip(methods, run_engines(specs, on_step, goes_on), strict=True))
     least = {method: least_time(method, plan, costs) for method in methods}
     rows = []
     for c, cell in enumerate(chosen):
-        of_cell = {m: [r.turns[s * len(chosen) + c] for s in range(repeats)] for m, r in measured.items()}
-        rows += [row(cell, m, of_cell[m], of_cell[PLAIN], least[m], least[PLAIN]) for m in methods]
+        of_cell = {m: r.turns[c :: len(chosen)] for m, r in measured.items()}
+        plain = of_cell[PLAIN]
+        rows += [
+            row(cell, m, mine, plain[: len(mine)], least[m], least[PLAIN])
+            for m, mine in of_cell.items()
+            if mine
+        ]
     return rows
 
 

@@ -94,6 +94,7 @@ def row(
         "batch": cell.batch,
         "temperature": cell.temperature,
         "method": method,
+        "repeats": len(turns),
         "ratio": ratio,
         "ratio_least": min(ratios),
         "ratio_most": max(ratios),

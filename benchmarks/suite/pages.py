@@ -35,18 +35,20 @@ def _table(rows: Rows) -> list[str]:
         here = {r["method"]: r for r in rows if (r["kind"], r["batch"], r["temperature"]) == cell}
         kind = f"{cell[0]}, T = {cell[2]}" if cell[2] else cell[0]
         ours = here[SDFP]
-        best = max(here[m]["ratio"] for m in methods)
-        shown = [
-            f"{'**' if here[m]['ratio'] == best else ''}{here[m]['ratio']:.2f}"
-            f"{'**' if here[m]['ratio'] == best else ''} ({here[m]['ratio_least']:.2f}-{here[m]['ratio_most']:.2f})"
-            for m in methods
-        ]
+        best = max(here[m]["ratio"] for m in methods if m in here)
+        shown = [_ratio(here[m], best) if m in here else "-" for m in methods]
         lines.append(
             f"| {kind} | {cell[1]} | {' | '.join(shown)} | {_number(ours['acceptance_rate'], '.2f')} "
             f"| {_number(ours['tokens_per_round'], '.2f')} | {ours['draft_share']:.0%} "
             f"| {_number(ours['bound'], '.2f')} | {_number(ours['efficiency'], '.2f')} |"
         )
     return lines
+
+
+def _ratio(row: dict[str, Any], best: float) -> str:
+    mark = "**" if row["ratio"] == best else ""
+    spread = f" ({row['ratio_least']:.2f}-{row['ratio_most']:.2f})" if row["repeats"] > 1 else ""
+    return f"{mark}{row['ratio']:.2f}{mark}{spread}"
 
 
 def _number(value: float | None, form: str) -> str:
