@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from measure import Case, importable
 
-from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.kernels.skip_residual_rms_norm import reference, skip_residual_rms_norm
+from sdfp_vllm.plan.bridge import Bridge
 
 ROWS, HIDDEN, EPS = (1, 8, 32, 128), (2048, 4096, 5120), 1e-5
 KINDS = ("none", "bias", "affine", "low-rank 16", "low-rank 64")

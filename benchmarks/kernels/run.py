@@ -14,10 +14,17 @@ import bench_draft_begin
 import bench_draft_step
 import bench_embed_rms_norm
 import bench_skip_residual_rms_norm
+import bench_skip_residual_rms_norm_rounded
 import torch
 from measure import measure, print_bytes, write_csv
 
-OPS = (bench_skip_residual_rms_norm, bench_embed_rms_norm, bench_draft_begin, bench_draft_step)
+OPS = (
+    bench_skip_residual_rms_norm,
+    bench_skip_residual_rms_norm_rounded,
+    bench_embed_rms_norm,
+    bench_draft_begin,
+    bench_draft_step,
+)
 
 
 def main() -> None:

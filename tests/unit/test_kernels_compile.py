@@ -28,6 +28,7 @@ ROW = {
     "branch_ptr": "*bf16",
     "residual_ptr": "*bf16",
     "out_ptr": "*bf16",
+    "row_scale_ptr": "*fp32",
     "weight_ptr": "*bf16",
     "table_ptr": "*bf16",
 }
@@ -63,6 +64,7 @@ BRIDGE = {name: "*fp32" for name in ("shift_ptr", "scale_ptr", "mean_ptr", "down
 
 def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
     known = {**INTEGERS, **ROW, **BATCH, **FLOATS, **BRIDGE}
+    known["out_ptr"] = OUT.get(constants.get("ROUND"), ROW["out_ptr"])
     return {
         name: NONE if name in constants else "i64" if "stride" in name else known[name]
         for name in inspect.signature(kernel.fn).parameters
@@ -70,6 +72,9 @@ def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
 
 
 NO_BRIDGE = {**dict.fromkeys(BRIDGE), "HAS_SHIFT": False, "HAS_SCALE": False, "RANK": 0, "RANK_TILE": 1}
+RANK_16 = {"scale_ptr": None, "HAS_SHIFT": True, "HAS_SCALE": False, "RANK": 16, "RANK_TILE": 4}
+UNROUNDED = {"row_scale_ptr": None, "ROUND": 0, "BLOCK": 4096}
+OUT = {1: "*i8", 2: "*u8"}  # by ROUND
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "draft_begin": (draft_begin, {"GROUPS": 1, "ROWS": 128}),
     "draft_begin, 3 groups": (draft_begin, {"GROUPS": 3, "ROWS": 128}),
@@ -82,10 +87,17 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"GROUPS": 1, "SAMPLE": False, "CACHE": False, "CHUNK": 4096, "CHUNKS": 32}
         | {"temperature_ptr": None, "seeds_ptr": None, "cache_ptr": None},
     ),
-    "skip_residual_rms_norm": (skip_residual_rms_norm, NO_BRIDGE | {"BLOCK": 4096}),
-    "skip_residual_rms_norm, rank 16": (
+    "skip_residual_rms_norm": (skip_residual_rms_norm, NO_BRIDGE | UNROUNDED),
+    "skip_residual_rms_norm, rank 16": (skip_residual_rms_norm, RANK_16 | UNROUNDED),
+    "skip_residual_rms_norm_rounded, int8": (skip_residual_rms_norm, NO_BRIDGE | {"ROUND": 1, "BLOCK": 4096}),
+    "skip_residual_rms_norm_rounded, int8, rank 16": (
         skip_residual_rms_norm,
-        {"scale_ptr": None, "HAS_SHIFT": True, "HAS_SCALE": False, "RANK": 16, "RANK_TILE": 4, "BLOCK": 4096},
+        RANK_16 | {"ROUND": 1, "BLOCK": 4096},
+    ),
+    "skip_residual_rms_norm_rounded, fp8": (skip_residual_rms_norm, NO_BRIDGE | {"ROUND": 2, "BLOCK": 4096}),
+    "skip_residual_rms_norm_rounded, fp8, rank 16": (
+        skip_residual_rms_norm,
+        RANK_16 | {"ROUND": 2, "BLOCK": 4096},
     ),
     "embed_rms_norm": (embed_rms_norm, {"BLOCK": 8192}),
 }
