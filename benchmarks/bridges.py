@@ -19,14 +19,14 @@ from typing import Any
 import torch
 import transformers
 
-from sdfp_vllm.bridge import BridgeKind
 from sdfp_vllm.fit.bridges import BridgeFitter
 from sdfp_vllm.fit.calibration import load_calibration
-from sdfp_vllm.fit.job import PlanOptions
+from sdfp_vllm.fit.options import PlanOptions
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import ranked_layers
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.plan import load_plan
+from sdfp_vllm.plan.bridge import BridgeKind
+from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.results_file import save_results
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer

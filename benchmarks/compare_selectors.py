@@ -37,18 +37,18 @@ from transformers import DynamicCache
 import sdfp_vllm.demo
 from sdfp_vllm.demo.run import provenance
 from sdfp_vllm.fit.calibration import load_calibration
-from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.families import nested_keep_sets
 from sdfp_vllm.fit.first_step import FirstStep
 from sdfp_vllm.fit.fisher import fisher_scores
 from sdfp_vllm.fit.gradient import learn_gates
-from sdfp_vllm.fit.job import PlanOptions
 from sdfp_vllm.fit.local import SCREENED_TEXTS, log_gain
+from sdfp_vllm.fit.options import PlanOptions
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
-from sdfp_vllm.fit.search import MAX_TRIED, Trial, best_trial, ranked_layers
+from sdfp_vllm.fit.search import Trial, best_trial, ranked_layers
 from sdfp_vllm.fit.selectors import SELECTORS, Problem
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.tokenizer import load_tokenizer
 
 DRAFT_TOKENS = 4
@@ -207,8 +207,8 @@ class Bench:
     def fill(self, values: np.ndarray, budget: int) -> KeepSet:
         """Keeps branches by falling value [2, L] as long as they fit; attention somewhere, so that it can draft."""
         chosen: tuple[list[int], list[int]] = ([], [])
-        price = self.cost.attention[0], self.cost.layer[0] - self.cost.attention[0]
-        left = budget * self.cost.layer[0] * (1 + 1e-9)
+        price = self.cost.attention["full"][0], self.cost.mlp["full"][0]
+        left = budget * sum(price) * (1 + 1e-9)
         if not (values == np.inf).any():
             values = values.copy()
             values[0, values[0].argmax()] = np.inf
@@ -233,7 +233,7 @@ class Bench:
             "method": method,
             "budget": budget,
             "keep": str(keep),
-            "cost": round(self.cost.forward_ms(keep, 1) - self.cost.head[0], 3),
+            "cost": round(self.cost.layers_ms(keep, 1), 3),
             "tokens_a_round": round(rounds.mean_accepted_length, 3),
             "acceptance": round(rounds.acceptance_rate, 3),
             "speedup": round(trial.speedup, 3),
@@ -259,7 +259,7 @@ class Bench:
             "method": method,
             "budget": "free",
             "keep": str(made.keep),
-            "cost": round(self.cost.forward_ms(made.keep, 1) - self.cost.head[0], 3),
+            "cost": round(self.cost.layers_ms(made.keep, 1), 3),
             "draft_tokens": made.draft_tokens,
             "tokens_a_round": round(rounds.mean_accepted_length, 3),
             "acceptance": round(rounds.acceptance_rate, 3),
@@ -272,20 +272,19 @@ class Bench:
         return row
 
 
-def weights_cost(stack: DecoderStack) -> MeasuredCost:
+def weights_cost(stack: DecoderStack) -> Costs:
     """A layer costs 1, its branches and the head by their share of weights; rows and overheads nothing."""
     size = [
         sum(p.numel() for _, p in part(0)) for part in (stack.attention_parameters, stack.layer_parameters)
     ]
     head = sum(p.numel() for p in stack.head.parameters())
-    flat = [1.0, 1.0]
-    return MeasuredCost(
+    attention = size[0] / size[1]
+    return Costs(
         rows=[1, 2],
-        layer=flat,
-        attention=[size[0] / size[1]] * 2,
-        head=[head / size[1]] * 2,
+        attention={"full": [attention] * 2},
+        mlp={"full": [1 - attention] * 2},
+        head={"full": [head / size[1]] * 2},
         num_layers=stack.num_layers,
-        max_rows=MAX_TRIED + 1,
         device="weights read",
         dtype="float32",
         threads=1,
@@ -333,8 +332,8 @@ def compare(folder: Path, budgets: list[int], draft_verify_tries: int) -> dict[s
         "test_texts": TEST_TEXTS,
         "draft_verify_tries": draft_verify_tries,
         "fisher_cpu_seconds": round(bench.fisher_seconds, 2),
-        "attention_share": round(bench.cost.attention[0], 3),
-        "head": round(bench.cost.head[0], 3),
+        "attention_share": round(bench.cost.attention["full"][0], 3),
+        "head": round(bench.cost.head["full"][0], 3),
         "rows": rows,
         "provenance": provenance(),
     }

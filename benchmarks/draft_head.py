@@ -86,7 +86,7 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
     import torch
     from gpu.engines import make_plan
 
-    from sdfp_vllm.runtime.head import restricted_head
+    from sdfp_vllm.runtime.head import draft_head
 
     plain: list[float] = []
     with running(model) as llm:
@@ -102,7 +102,7 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
             draft, vocab = runner.drafter.model, runner.model_config.get_vocab_size()
             heads = {vocab: draft._head}
             for n in FRACTIONS[1:]:
-                head = restricted_head(runner.model, torch.arange(vocab // n))
+                head = draft_head(runner.model, torch.arange(vocab // n))
                 assert head is not None
                 heads[vocab // n] = head
             watch = Stopwatch(runner.drafter, ("_forward", "_sample_draft_tokens"))
@@ -154,18 +154,19 @@ def predicted(model: Path) -> dict[str, Any]:
 
     from sdfp_vllm.fit.bridged_search import BridgedChoice
     from sdfp_vllm.fit.bridges import FittedBridges
-    from sdfp_vllm.fit.cost import measure_cost
+    from sdfp_vllm.fit.cost import measure_costs
     from sdfp_vllm.fit.head_search import search_head
     from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
     from sdfp_vllm.fit.search import search
     from sdfp_vllm.fit.stack import DecoderStack, load_target
-    from sdfp_vllm.plan import FitScore, LayerScore
+    from sdfp_vllm.plan.keep import KeepSet
+    from sdfp_vllm.plan.schema import FitScore, LayerScore
 
     stack = DecoderStack(load_target(model))
     vocab = stack.config.vocab_size
     ids = torch.tensor(prompts() + [p[::-1] for p in prompts()])
     rollout = DraftRollout(stack, greedy_continuations(stack, ids, 32))
-    cost = measure_cost(stack, max_rows=DRAFT_TOKENS + 1)
+    cost = measure_costs(stack, max_rows=DRAFT_TOKENS + 1)
 
     def score(i: int) -> LayerScore:  # ranks the layers that draft first
         value = 2.0 if i in KEEP else 1.0
@@ -183,9 +184,9 @@ def predicted(model: Path) -> dict[str, Any]:
         "chosen_tokens": vocab if got.tokens is None else len(got.tokens),
         "coverage": round(got.coverage, 3),
         "chosen_speedup": round(got.found.choice.prediction.speedup, 3),
-        "head_ms": round(cost.head[0], 2),
-        "chosen_head_ms": round(cost.head[0] * got.found.cost.draft_head, 2),
-        "layer_ms": round(cost.layer[0], 2),
+        "head_ms": round(cost.head["full"][0], 2),
+        "chosen_head_ms": round((got.found.cost.draft_head or cost.head["full"])[0], 2),
+        "layer_ms": round(cost.layers_ms(KeepSet((0,)), 1), 2),
         "seconds_spent_on_the_head": round(time.perf_counter() - began, 1),
     }
 

@@ -4,8 +4,8 @@
     python benchmarks/replay_pacing.py --new-tokens 129
 
 The demo target writes its greedy texts once, and the layers that draft in the plan of `benchmarks/results/latest.json`
-draft 16 tokens from every position of them (a minute on one core; acceptance is that of the cost-scaled copy, which
-computes the same). Then requests are served on paper, with the costs of that plan: in batches that start together
+draft 16 tokens from every position of them, at the plan's precisions and with all tokens in the head (a minute on one
+core; acceptance is that of the cost-scaled copy, which computes the same but for what is rounded). Then requests are served on paper, with the costs of that plan: in batches that start together
 (`static`) and with others waiting for every place (`queue`). Shown are tokens a second over plain decoding's, on paper: the
 mean over the seeds, the least and the most. Nothing here is a measured speed; `make bench` measures.
 """
@@ -29,12 +29,14 @@ from workloads import CODE, COPY, NOISE, PROSE, Cell, turn
 
 from sdfp_vllm.demo.target import PACKAGED
 from sdfp_vllm.fit.bridged_stack import bridging
+from sdfp_vllm.fit.head import RolledHead
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.shared_attention import rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.pacing.ngram import latest_longest_match
 from sdfp_vllm.pacing.policy import GREEDY, DraftPolicy, Row
 from sdfp_vllm.pacing.record import Pacing
+from sdfp_vllm.plan.schema import SkipPlan, StoredView
 
 LATEST = Path(__file__).parent / "results" / "latest.json"
 LONGEST = 16
@@ -53,20 +55,21 @@ class Recorded:
 
 
 @torch.no_grad()
-def record(keep: Sequence[int], kind: str, seed: int, prompt_tokens: int, new_tokens: int) -> list[Recorded]:
+def record(view: StoredView, kind: str, seed: int, prompt_tokens: int, new_tokens: int) -> list[Recorded]:
     model = PACKAGED / "model"
     stack = DecoderStack(load_target(model, torch.float32))
     prompts = turn(Cell(kind, REQUESTS, 0.0, REQUESTS), model, prompt_tokens, new_tokens, seed).prompts
     text = greedy_continuations(stack, torch.tensor(prompts), new_tokens + LONGEST)
+    head = RolledHead(stack, None, view.head.precision)
     rollout = DraftRollout(stack, text)
     rows = rollout.all_rows()
     rows = rows.select(rows.start < text.first + new_tokens)
     token = text.ids[rows.sequence, rows.start]
     tokens, confidence = [], []
-    with bridging(stack, keep, None), rollout_attention(stack):
+    with bridging(stack, view.branches, None), rollout_attention(stack):
         for j in range(LONGEST):  # unlike in a rollout, a draft that is wrong is drafted on from
             hidden = rollout.hidden(token, rows.start + j, rows)
-            logits = torch.cat([stack.head(part) for part in hidden.split(256)]).float()
+            logits = torch.cat([head(part) for part in hidden.split(256)]).float()
             top, token = logits.max(-1)
             tokens.append(token)
             confidence.append((top - logits.logsumexp(-1)).exp())
@@ -124,10 +127,11 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=33)
     asked = parser.parse_args()
-    plan = json.loads(LATEST.read_text())["plan"]
-    pacing = Pacing.model_validate(plan["pacing"])
+    plan = SkipPlan.model_validate(json.loads(LATEST.read_text())["plan"] | {"scores": [], "curve": []})
+    pacing = plan.pacing
+    assert pacing is not None
     texts = {
-        (kind, seed): record(plan["kept_layers"], kind, seed, asked.prompt_tokens, asked.new_tokens)
+        (kind, seed): record(plan.view, kind, seed, asked.prompt_tokens, asked.new_tokens)
         for kind in KINDS
         for seed in range(asked.seeds)
     }

@@ -51,7 +51,10 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its Hugging Face id.")],
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text file, .jsonl or dataset; without it, the Python standard library's sources."),
+        typer.Option(
+            help="Text file, .jsonl of chats or texts, or dataset; without it, chats that the model makes up, or for a "
+            "model without a chat template the Python standard library's sources."
+        ),
     ] = None,
     field: Annotated[str, typer.Option(help="Text field of a .jsonl file or dataset.")] = "text",
     sequences: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 8,
@@ -84,6 +87,28 @@ def plan(
             help="Tokens a draft can propose: full, their number, or auto (fewer where that is faster)."
         ),
     ] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="What drafts may run at: auto (whatever this machine has kernels for), full, int8, fp8, int4 or mxfp4."
+        ),
+    ] = "auto",
+    extra_memory: Annotated[
+        str | None,
+        typer.Option(help="Most that rounded copies of weights may take: 500MB, or 30% of the model's."),
+    ] = None,
+    score_text: Annotated[
+        str, typer.Option(help="Text for the Fisher traces: own (what the model writes) or corpus.")
+    ] = "own",
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Plan for an engine that runs with --enforce-eager.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="End with plain decoding and the plan on the engine.")
+    ] = True,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Go on where costs alone say that drafts cannot pay.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with Fisher scores that were interrupted.")
@@ -104,11 +129,12 @@ def plan(
         typer.Option("-o", "--out", help="Output folder (default: where the engine looks by itself)."),
     ] = None,
 ) -> None:
-    """Finds which layers of MODEL draft best on this machine, and writes the plan."""
+    """Finds which view of MODEL drafts best on this machine, and writes the plan."""
     from rich.console import Console
 
     from sdfp_vllm.fit.job import make_plan
-    from sdfp_vllm.plan import PLAN_FILE, default_plan_dir
+    from sdfp_vllm.plan.parcel import PLAN_FILE
+    from sdfp_vllm.plan.store import default_plan_dir
     from sdfp_vllm.ray_cluster import RayOptions
     from sdfp_vllm.report import summary
     from sdfp_vllm.terminal import console
@@ -128,6 +154,12 @@ def plan(
         score_form=score_form,
         bridge=bridge,
         head=head,
+        precision=precision,
+        extra_memory=extra_memory,
+        score_text=score_text,
+        eager=eager,
+        run_check=check,
+        anyway=anyway,
         seed=seed,
         resume=resume,
         ray=RayOptions.from_flags(ray, workers=workers, address=address, gpus_per_worker=gpus_per_worker),
@@ -145,7 +177,7 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
 ) -> None:
     """Shows a plan: the layers' scores, the search, and how it was made."""
-    from sdfp_vllm.plan import load_plan
+    from sdfp_vllm.plan.store import load_plan
     from sdfp_vllm.report import draw_png, tables
     from sdfp_vllm.report_html import draw_html
     from sdfp_vllm.terminal import console
@@ -160,8 +192,9 @@ def show(
 
 def _plan_path(plan: str) -> Path:
     """A plan's own path; or, given a model, its plan in the default place."""
-    from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
-    from sdfp_vllm.plan import PLAN_FILE, default_plan_dir
+    from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
+    from sdfp_vllm.plan.parcel import PLAN_FILE
+    from sdfp_vllm.plan.store import default_plan_dir
 
     path = Path(plan)
     if path.is_file() or (path / PLAN_FILE).is_file():

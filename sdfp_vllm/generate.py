@@ -37,12 +37,12 @@ def generate_command(
     """Generate text with SDFP; print it, the acceptance, and tokens/s with and without drafting."""
     from rich.console import Console
 
-    from sdfp_vllm.fingerprint import resolve_model_dir
     from sdfp_vllm.measure import EngineSpec, Turn, run_engine
-    from sdfp_vllm.plan import find_plan
+    from sdfp_vllm.plan.fingerprint import resolve_model_dir
+    from sdfp_vllm.plan.store import find_plan
 
     text = _prompt_text(prompt, prompt_file)
-    _, plan_dir = find_plan(model, plan)  # a bad plan is refused before an engine starts
+    plan_dir = find_plan(model, plan).source  # a bad plan is refused before an engine starts
     folder = resolve_model_dir(model)
 
     speculative: dict[str, Any] = {"method": "sdfp", "model": str(plan_dir)}

@@ -50,6 +50,7 @@ class Turn(BaseModel):
     batch: int = Field(default=1, ge=1)  # so many at a time
     max_tokens: int = Field(ge=1)
     temperature: float = Field(default=0.0, ge=0.0)
+    copies: bool | None = None  # whether a paced SDFP engine may copy from the context; None: as it is set up
 
 
 class EngineSpec(BaseModel):
@@ -274,7 +275,12 @@ def measure(spec: EngineSpec, ready: Callable[[], bool] = lambda: True) -> Measu
     import vllm
     from vllm import LLM, SamplingParams
 
-    from sdfp_vllm.integration.inspect_engine import DraftingTime, kv_bytes_per_token, rounds_paced
+    from sdfp_vllm.integration.inspect_engine import (
+        DraftingTime,
+        allow_copies,
+        kv_bytes_per_token,
+        rounds_paced,
+    )
 
     began = time.perf_counter()
     llm = LLM(
@@ -297,6 +303,8 @@ def measure(spec: EngineSpec, ready: Callable[[], bool] = lambda: True) -> Measu
         return llm.generate(requests, params, use_tqdm=False)
 
     def run(turn: Turn) -> TurnMeasurement:
+        if turn.copies is not None:
+            allow_copies(llm, turn.copies)
         before, drafting, paced = _draft_counters(llm), spent.seconds, rounds_paced(llm)
         outputs, decoding = [], 0.0
         began = time.perf_counter()

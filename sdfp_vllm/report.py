@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Group
@@ -10,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.keep import KeepSet
-from sdfp_vllm.plan import Candidate, CostModel, SkipPlan, default_plan_dir
+from sdfp_vllm.plan.schema import Candidate, SkipPlan, StoredView
+from sdfp_vllm.plan.store import default_plan_dir
+from sdfp_vllm.plan.view import DraftView
 
 _COLOURS = ("lightgrey", "palegreen", "tab:green")  # by the number of a layer's branches that are kept
 
@@ -32,10 +34,12 @@ def verdict(plan: SkipPlan) -> str:
     """One sentence: what the plan does, and whether it pays."""
     p = plan.prediction
     what = (
-        f"{parts(plan)} of {plan.fingerprint.num_layers} layers draft {plan.num_speculative_tokens} tokens a round: "
+        f"{parts(plan.view)} of {plan.fingerprint.num_layers} layers draft {plan.num_speculative_tokens} tokens a round: "
         f"{p.acceptance_rate:.0%} of them accepted, {p.mean_accepted_length:.2f} tokens a round, "
         f"{p.speedup:.2f}x plain decoding predicted at batch 1"
     )
+    if plan.check:
+        what += f", {plan.check.drafted / plan.check.plain:.2f}x measured"
     if plan.worthwhile:
         return what + "."
     return (
@@ -43,42 +47,79 @@ def verdict(plan: SkipPlan) -> str:
     )
 
 
-def parts(keeps: SkipPlan | Candidate) -> str:
-    """How much is kept: layers, and where there are any, single branches of others."""
-    counts = [(len(keeps.kept_attention), "attention"), (len(keeps.kept_mlp), "MLP")]
-    return " + ".join([str(len(keeps.kept_layers)), *(f"{n} {name}" for n, name in counts if n)])
+def parts(view: StoredView | Candidate) -> str:
+    """How much is kept, at which precisions: layers, and where there are any, single branches of others."""
+    seen = DraftView.from_modes(view.attention, view.mlp)
+    counts = [(len(seen.attention), "attention"), (len(seen.mlp), "MLP")]
+    kept = " + ".join([str(len(seen.layers)), *(f"{n} {name}" for n, name in counts if n)])
+    used = Counter(seen.precision(i, b) for b, i in seen.units())
+    return (
+        kept
+        if set(used) == {"full"}
+        else f"{kept} ({', '.join(f'{n} branches {p}' for p, n in used.most_common())})"
+    )
 
 
 def summary(plan: SkipPlan, path: Path) -> Text:
     """What `sdfp plan` prints at its end."""
     lines = Text()
     lines.append(verdict(plan) + "\n", style="green" if plan.worthwhile else "yellow")
-    lines.append(f"Kept layers: {plan.keep}\n")
-    if text := bridges(plan):
-        lines.append(f"Bridges: {text}\n")
-    if text := head(plan):
-        lines.append(f"Draft head: {text}\n")
+    lines.append(f"Kept layers: {plan.view.branches}\n")
+    for name, text in (
+        ("Bridges", bridges(plan)),
+        ("Draft head", head(plan)),
+        ("Extra weights", memory(plan)),
+    ):
+        if text:
+            lines.append(f"{name}: {text}\n")
+    for line in check(plan):
+        lines.append(line + "\n")
     lines.append(f"Plan: {path}\n")
     lines.append(f"{'Serve it' if plan.worthwhile else 'Serve it all the same'}: ")
     lines.append(serve_command(plan, path.parent), style="bold")
     return lines
 
 
+def memory(plan: SkipPlan) -> str:
+    """What rounded copies and head rows take beside the model; empty for nothing."""
+    return f"{plan.extra_bytes / 1e6:.0f} MB" if plan.extra_bytes else ""
+
+
+def check(plan: SkipPlan) -> list[str]:
+    """What the engine gave, line by line; where nothing was run, that."""
+    c = plan.check
+    if c is None:
+        return ["Not checked on an engine."]
+    dtype = plan.costs.dtype if plan.costs else ""
+    lines = [
+        f"Measured ({c.engine} engine, {c.prompts} prompts, batch 1, {dtype}): plain {c.plain:.1f} tokens/s, drafts "
+        f"{c.drafted:.1f} ({c.drafted / c.plain:.2f}x, {c.acceptance_rate:.0%} accepted), with copies {c.copies:.1f} "
+        f"({c.copies / c.plain:.2f}x); {c.identical} of {c.prompts} texts identical"
+    ]
+    if c.other is not None:
+        lines.append(f"Plain in {c.other_dtype}, the checkpoint's own dtype: {c.other:.1f} tokens/s")
+        if c.other > max(c.drafted, c.copies):
+            lines.append(f"That is faster than drafts in {dtype}: serve in {c.other_dtype} without SDFP.")
+    return lines
+
+
 def bridges(plan: SkipPlan) -> str:
     """Kind, rank and runs of the plan's bridges, each with the error it leaves; empty for none."""
-    if plan.bridges == "none":
+    made = plan.view.bridges
+    if made is None:
         return ""
-    rank = f" of rank {plan.bridges.rank}" if plan.bridges.rank else ""
-    runs = ", ".join(f"{r.first}-{r.last} ({r.error:.2f})" for r in plan.bridges.runs)
-    return f"{plan.bridges.kind}{rank} over layers (held-out error left): {runs}"
+    rank = f" of rank {made.rank}" if made.rank else ""
+    runs = ", ".join(f"{r.first}-{r.last} ({r.error:.2f})" for r in made.runs)
+    return f"{made.kind}{rank} over layers (held-out error left): {runs}"
 
 
 def head(plan: SkipPlan) -> str:
-    """Size of a restricted draft head and what it covers; empty for the full one."""
-    if plan.head == "full":
-        return ""
-    vocab = plan.fingerprint.vocab_size
-    return f"{plan.head.tokens:,} of {vocab:,} tokens, {plan.head.coverage:.1%} of those in the target's own text"
+    """Size and precision of the draft's head and what it covers; empty for the target's own."""
+    made, vocab = plan.view.head, plan.fingerprint.vocab_size
+    if made.tokens is None:
+        return f"all tokens, in {made.precision}" if made.precision != "full" else ""
+    size = f"{made.tokens:,} of {vocab:,} tokens, {made.coverage:.1%} of those in the target's own text"
+    return size if made.precision == "full" else f"{size}, in {made.precision}"
 
 
 def tables(plan: SkipPlan) -> Group:
@@ -102,20 +143,22 @@ def layer_table(plan: SkipPlan) -> Table:
     for s in plan.scores:
         values = [getattr(part, name) for part in (s.attention, s.mlp, s.total)]
         bar = "█" * math.ceil(20 * values[2] / top) if top else ""
-        mark = kept_mark(plan.keep, s.layer)
+        mark = kept_mark(plan.view.branches, s.layer)
         style = "green" if mark else "dim"
         table.add_row(
-            str(s.layer), "●" if mark == "kept" else mark, *(f"{v:.3g}" for v in values), bar, style=style
+            str(s.layer), mark.replace("kept", "●"), *(f"{v:.3g}" for v in values), bar, style=style
         )
     return table
 
 
-def kept_mark(keep: KeepSet, layer: int) -> str:
-    """What of a layer is kept: "kept", "attention", "MLP", or nothing."""
-    branches = keep.branches(layer)
-    if len(branches) == 2:
-        return "kept"
-    return "attention" if "attention" in branches else "MLP" if branches else ""
+def kept_mark(view: DraftView, layer: int) -> str:
+    """What of a layer is kept: "kept", "attention", "MLP", or nothing; with the precision where it is not full."""
+    branches = view.branches(layer)
+    if not branches:
+        return ""
+    named = "kept" if len(branches) == 2 else "attention" if "attention" in branches else "MLP"
+    used = sorted({view.precision(layer, b) for b in branches} - {"full"})
+    return f"{named} {'/'.join(used)}" if used else named
 
 
 def curve_table(plan: SkipPlan) -> Table:
@@ -123,7 +166,7 @@ def curve_table(plan: SkipPlan) -> Table:
     table = Table("layers kept", "tokens a round", "acceptance by token", "predicted speedup", title="Search")
     for c in plan.curve:
         k = best_draft_tokens(c)
-        chosen = c.keep == plan.keep
+        chosen = c.view == plan.view.branches
         table.add_row(
             parts(c),
             str(plan.num_speculative_tokens if chosen else k),
@@ -144,7 +187,7 @@ def detail_table(plan: SkipPlan) -> Table:
 
 def details(plan: SkipPlan) -> list[tuple[str, str]]:
     """(name, value) rows on costs and provenance."""
-    made, cost = plan.made, plan.cost
+    made, costs = plan.made, plan.costs
     rows = [
         ("calibration", made.calibration),
         ("calibration tokens", str(made.calibration_tokens)),
@@ -158,25 +201,29 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
         rows.append(("bridges", text))
     if text := head(plan):
         rows.append(("draft head", text))
-    if cost:
-        branch_costs = []
-        if cost.attention_ms is not None and cost.mlp_ms is not None:
-            branch_costs = [
-                ("of a layer: attention, MLP", f"{cost.attention_ms:.3f} ms, {cost.mlp_ms:.3f} ms")
-            ]
-        relative = " ".join(f"{v / cost.verify_ms[0]:.2f}" for v in cost.verify_ms)
+    if text := memory(plan):
+        rows.append(("extra weights", text))
+    rows += [("check", line) for line in check(plan)]
+    if costs:
+        verify = [costs.target_ms(m) for m in range(1, 10)]
+        layers = [
+            f"{p}: {a[0]:.3f} + {costs.mlp[p][0]:.3f} ms"
+            for p, a in costs.attention.items()
+            if p in costs.mlp
+        ]
+        heads = [f"{p}: {h[0]:.3f} ms" for p, h in costs.head.items()]
+        if costs.draft_head:
+            heads.append(f"the draft's: {costs.draft_head[0]:.3f} ms")
+        engine = f" ({costs.engine})" if costs.engine else ""
         rows += [
-            ("measured on", f"{cost.device}, {cost.dtype}, {cost.threads} threads"),
-            ("layer, head", f"{cost.layer_ms:.3f} ms, {cost.head_ms:.3f} ms" + _draft_head_ms(cost)),
-            *branch_costs,
-            ("verification, 1 row", f"{cost.verify_ms[0]:.2f} ms"),
-            ("verification, rows over 1", relative),
+            ("measured on", f"{costs.device}, {costs.dtype}, {costs.threads} threads"),
+            ("a layer: attention + MLP", ", ".join(layers)),
+            ("head", ", ".join(heads)),
+            ("the engine adds" + engine, f"{costs.layer_overhead_ms:.3f} ms a layer"),
+            ("verification, 1 row", f"{verify[0]:.2f} ms"),
+            ("verification, rows over 1", " ".join(f"{v / verify[0]:.2f}" for v in verify)),
         ]
     return rows
-
-
-def _draft_head_ms(cost: CostModel) -> str:
-    return "" if cost.draft_head_ms is None else f", of the draft {cost.draft_head_ms:.3f} ms"
 
 
 def score_name(plan: SkipPlan) -> str:

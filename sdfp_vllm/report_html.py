@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from sdfp_vllm.plan import SkipPlan
+from sdfp_vllm.plan.schema import SkipPlan
 from sdfp_vllm.report import best_draft_tokens, details, kept_mark, parts, score_name, verdict, write_drawing
 
 _STYLE = """
@@ -48,7 +48,7 @@ def _layers(plan: SkipPlan) -> str:
     for s in plan.scores:
         values = [getattr(part, name) for part in (s.attention, s.mlp, s.total)]
         cells = "".join(f"<td>{v:.3g}" for v in values)
-        kept = kept_mark(plan.keep, s.layer)
+        kept = kept_mark(plan.view.branches, s.layer)
         mark = ("<tr class=kept>" if kept else "<tr>", kept)
         bar = f"<td class=wide><span class=bar style='width:{100 * values[2] / top:.1f}%'></span>"
         rows.append(f"{mark[0]}<td>{s.layer}<td>{mark[1]}{cells}{bar}")
@@ -58,7 +58,7 @@ def _layers(plan: SkipPlan) -> str:
 def _curve(plan: SkipPlan) -> str:
     rows = []
     for c in plan.curve:
-        chosen = c.keep == plan.keep
+        chosen = c.view == plan.view.branches
         k = plan.num_speculative_tokens if chosen else best_draft_tokens(c)
         accepted = " ".join(f"{a:.2f}" for a in c.acceptance)
         rows.append(

@@ -167,18 +167,24 @@ def make_model(folder: Path, shape: dict[str, Any]) -> str:
 
 def make_plan(target: str, folder: Path, kept: list[int], k: int) -> str:
     """A plan for evenly spaced layers; nothing about the model is known that could rank them."""
-    from sdfp_vllm.fingerprint import fingerprint
-    from sdfp_vllm.plan import Candidate, Prediction, Provenance, SkipPlan
+    from sdfp_vllm.plan.fingerprint import fingerprint
+    from sdfp_vllm.plan.keep import KeepSet
+    from sdfp_vllm.plan.schema import Candidate, Prediction, Provenance, SkipPlan, StoredView
+    from sdfp_vllm.plan.store import save_plan
 
-    SkipPlan(
+    identity = fingerprint(target)
+    view = StoredView.of(KeepSet.of(kept), identity.num_layers)
+    plan = SkipPlan(
         model=target,
-        fingerprint=fingerprint(target),
-        kept_layers=kept,
+        fingerprint=identity,
+        view=view,
         num_speculative_tokens=k,
         worthwhile=True,
         prediction=Prediction(acceptance_rate=0.0, mean_accepted_length=1.0, speedup=0.0),
         scores=[],
-        curve=[Candidate(kept_layers=kept, acceptance=[0.0] * k, speedup=[1.0] * (k + 1))],
+        curve=[
+            Candidate(attention=view.attention, mlp=view.mlp, acceptance=[0.0] * k, speedup=[1.0] * (k + 1))
+        ],
         made=Provenance(
             calibration="none (synthetic acceptance)",
             calibration_tokens=0,
@@ -189,7 +195,8 @@ def make_plan(target: str, folder: Path, kept: list[int], k: int) -> str:
             torch_version=version("torch"),
             transformers_version=version("transformers"),
         ),
-    ).save(folder)
+    )
+    save_plan(plan, folder)
     return str(folder)
 
 

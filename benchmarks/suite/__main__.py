@@ -57,7 +57,8 @@ from sdfp_vllm.demo.target import demo_cache, demo_draft, demo_target
 from sdfp_vllm.fit.job import make_plan
 from sdfp_vllm.fit.progress import stages
 from sdfp_vllm.measure import run_engines
-from sdfp_vllm.plan import SkipPlan
+from sdfp_vllm.plan.schema import SkipPlan
+from sdfp_vllm.report import parts
 from sdfp_vllm.results_file import save_results
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -111,11 +112,9 @@ def demo_part(
     with console.status("Preparing the cost-scaled demo models (first run only)"):
         target, draft = demo_target(), demo_draft()
     plan = make_plan(
-        str(target), out=folder / "plan", dtype="float32", score_form="diagonal", console=console
+        str(target), out=folder / "plan", dtype="float32", score_form="diagonal", eager=True, console=console
     )
-    result["plan"] = plan.model_dump(
-        include={"kept_layers", "num_speculative_tokens", "prediction", "pacing", "made"}, mode="json"
-    )
+    result["plan"] = plan.model_dump(exclude={"scores", "curve"}, mode="json")
     methods = methods_at_hand(asked.methods)
     costs = draft_cost(draft) if DRAFT_MODEL in methods else None
     rows = compare(
@@ -125,7 +124,7 @@ def demo_part(
     result["models"] = {DEMO: rows} | result["models"]
     result["headline"] = headline(rows)
     result["notes"][DEMO] = (
-        f"Cost-scaled, redundancy trained in. {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers draft; "
+        f"Cost-scaled, redundancy trained in. {parts(plan.view)} of {plan.fingerprint.num_layers} layers draft; "
         f"the plan's length is {plan.num_speculative_tokens}; draft_model is a separate 2-layer model, "
         "its weights beside the target's."
     )
@@ -146,7 +145,7 @@ def shape_part(
         model, where, plan, methods, noise, asked, console, dtype=kind, repeats=min(asked.repeats, 2)
     )
     result["notes"][name] = (
-        f"Synthetic: random weights in {kind}, {len(plan.kept_layers)} of {plan.fingerprint.num_layers} layers at full "
+        f"Synthetic: random weights in {kind}, {parts(plan.view)} of {plan.fingerprint.num_layers} layers at full "
         f"strength, the others at {DIALLED[shape]['scale']}; prompts of random tokens."
         + (
             " Texts may differ from plain decoding's in this precision, as in vLLM."

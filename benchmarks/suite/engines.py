@@ -12,13 +12,16 @@ import torch
 from dialled import SHAPES, dialled
 from workloads import PLACES
 
-from sdfp_vllm.fingerprint import fingerprint
-from sdfp_vllm.fit.cost import MeasuredCost, measure_cost
-from sdfp_vllm.fit.pacing import measure_pacing
+from sdfp_vllm.fit.chances import measure_chances
+from sdfp_vllm.fit.cost import measure_costs
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.measure import EngineSpec, Turn
-from sdfp_vllm.plan import Candidate, Prediction, Provenance, SkipPlan
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.fingerprint import fingerprint
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import Candidate, Prediction, Provenance, SkipPlan, StoredView
+from sdfp_vllm.plan.store import save_plan
 
 PLAIN, SDFP, FIXED, DRAFT_MODEL, NGRAM, SUFFIX = (
     "plain", "sdfp", "sdfp, fixed length", "draft_model", "ngram", "suffix",
@@ -88,9 +91,9 @@ def spec(
     return EngineSpec(**(fields | changes))
 
 
-def draft_cost(draft: Path) -> MeasuredCost:
+def draft_cost(draft: Path) -> Costs:
     """What the separate draft model's forwards cost; they run all its layers."""
-    return measure_cost(DecoderStack(load_target(draft, torch.float32)))
+    return measure_costs(DecoderStack(load_target(draft, torch.float32)))
 
 
 def dialled_model(name: str, folder: Path, dtype: torch.dtype) -> tuple[Path, SkipPlan, Path]:
@@ -102,32 +105,38 @@ def dialled_model(name: str, folder: Path, dtype: torch.dtype) -> tuple[Path, Sk
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(SHAPES[name]["vocab_size"], (16, 32), generator=generator)
     text = greedy_continuations(stack, prompts, 32)
-    cost = measure_cost(stack)
+    cost = measure_costs(stack)
     k: int = dial["k"]  # type: ignore[assignment]
-    pacing = measure_pacing(DraftRollout(stack, text), keep, cost, 8)
+    chances = measure_chances(DraftRollout(stack, text), keep, 8)
+    kept = KeepSet.of(keep)
+    view = StoredView.of(kept, stack.num_layers)
     accepted = [1.0]
-    for chance in pacing.acceptance:
+    for chance in chances.acceptance:
         accepted.append(accepted[-1] * chance)
     lengths = [sum(accepted[: n + 1]) for n in range(len(accepted))]
-    speedup = [cost.speedup(len(keep), n, length) for n, length in enumerate(lengths)]
+    speedup = [cost.speedup(kept, n, length) for n, length in enumerate(lengths)]
     plan = SkipPlan(
         model=str(model),
         fingerprint=fingerprint(model),
-        kept_layers=keep,
+        view=view,
         num_speculative_tokens=k,
         worthwhile=True,
         prediction=Prediction(
             acceptance_rate=(lengths[k] - 1) / k, mean_accepted_length=lengths[k], speedup=speedup[k]
         ),
         scores=[],
-        curve=[Candidate(kept_layers=keep, acceptance=pacing.acceptance, speedup=speedup)],
-        cost=cost.model(),
-        pacing=pacing,
+        curve=[
+            Candidate(
+                attention=view.attention, mlp=view.mlp, acceptance=chances.acceptance, speedup=speedup
+            )
+        ],
+        costs=cost,
+        chances=chances,
         made=Provenance(
             calibration="random tokens", calibration_tokens=0, seed=0, selector="by hand", created="",
             sdfp_version="", torch_version=torch.__version__, transformers_version="",
         ),
     )  # fmt: skip
     where = folder / f"{name}-plan"
-    plan.save(where)
+    save_plan(plan, where)
     return model, plan, where

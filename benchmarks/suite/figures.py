@@ -9,15 +9,15 @@ from typing import Any
 from engines import DRAFT_MODEL, DRAFT_MODEL_TOKENS, FIXED, NGRAM, PLAIN, SDFP, SUFFIX
 from workloads import CODE, Cell
 
-from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.measure import TurnMeasurement
-from sdfp_vllm.plan import SkipPlan
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.schema import SkipPlan
 
 # (the turn, its batch size) -> the least milliseconds its decoding could take
 Least = Callable[[TurnMeasurement, int], float | None]
 
 
-def least_time(method: str, plan: SkipPlan, draft: MeasuredCost | None) -> Least:
+def least_time(method: str, plan: SkipPlan, draft: Costs | None) -> Least:
     """The time of the model's own work in `method`'s rounds at the costs measured beforehand, all else free."""
     pacing = plan.pacing
     assert pacing is not None
@@ -47,7 +47,7 @@ def least_time(method: str, plan: SkipPlan, draft: MeasuredCost | None) -> Least
     def separate(turn: TurnMeasurement, batch: int) -> float | None:
         if draft is None:
             return None
-        return rounds(turn, batch, draft.forward_ms(draft.num_layers, batch), DRAFT_MODEL_TOKENS)
+        return rounds(turn, batch, draft.target_ms(batch), DRAFT_MODEL_TOKENS)
 
     def looked_up(turn: TurnMeasurement, batch: int) -> float | None:
         return rounds(turn, batch, 0.0, 0.0)

@@ -14,9 +14,10 @@ from rich.console import Console
 from sdfp_vllm.batch.answers import Answers
 from sdfp_vllm.batch.rows import Request, read_requests, requests_key
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fingerprint import fingerprint, resolve_model_dir
 from sdfp_vllm.fit.progress import stages
-from sdfp_vllm.plan_parcel import PlanParcel
+from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
+from sdfp_vllm.plan.parcel import PlanParcel
+from sdfp_vllm.plan.store import find_plan
 from sdfp_vllm.ray_cluster import RayOptions, layout, ray_cluster
 from sdfp_vllm.tokenizer import load_tokenizer
 
@@ -57,7 +58,7 @@ def run_batch(
             if the engines fail.
     """
     folder = resolve_model_dir(model)
-    plan = PlanParcel.read(model, options.plan)
+    plan = find_plan(model, options.plan or None)
     requests = read_requests(
         source,
         load_tokenizer(folder),

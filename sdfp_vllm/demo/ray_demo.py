@@ -63,10 +63,15 @@ def _plan(out: Path, console: Console) -> Path:
 
     console.print(f"FIT on {WORKERS} Ray workers:")
     plan = make_plan(
-        str(MODEL), out=out / "ray-plan", console=console, length=128, ray=RayOptions(workers=WORKERS)
+        str(MODEL),
+        out=out / "ray-plan",
+        console=console,
+        length=128,
+        run_check=False,
+        ray=RayOptions(workers=WORKERS),
     )
     console.print(
-        f"{parts(plan)} of {plan.fingerprint.num_layers} layers draft "
+        f"{parts(plan.view)} of {plan.fingerprint.num_layers} layers draft "
         f"{plan.num_speculative_tokens} tokens a round."
     )
     return out / "ray-plan"

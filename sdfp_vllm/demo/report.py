@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.measure import Measurement, TurnMeasurement
-from sdfp_vllm.plan import SkipPlan
+from sdfp_vllm.plan.schema import SkipPlan
 
 PLAIN, SDFP, NGRAM, DRAFT_MODEL = "plain", "sdfp", "ngram", "draft_model"
 NAMES = {
@@ -45,20 +45,17 @@ class Comparison:
 def speedup_bound(plan: SkipPlan, drafted: TurnMeasurement) -> float | None:
     """Plain decoding's time for the same text over the drafting engine's, at the plan's costs; None for a plan without.
 
-    Time is that of the target's forwards and of the draft steps that were run; overheads of the engine and
-    of drafting count as zero. Prompts go one at a time.
+    Time is that of the target's forwards and of the draft steps that were run; what the engine adds to a round and to
+    a draft step counts as zero. Prompts go one at a time.
     """
     if drafted.paced and plan.pacing:
         later = sum(len(ids) - 1 for ids in drafted.token_ids)
         return later * plan.pacing.verify_ms(1) / plan.pacing.least_ms(drafted.paced)
-    cost, k, length = plan.cost, plan.num_speculative_tokens, drafted.mean_accepted_length
-    if cost is None or length is None or len(cost.verify_ms) <= k:
+    costs, k, length = plan.costs, plan.num_speculative_tokens, drafted.mean_accepted_length
+    if costs is None or length is None or costs.rows[-1] <= k:
         return None
-    draft_ms = len(plan.kept_layers) * cost.layer_ms
-    draft_ms += len(plan.kept_attention) * (cost.attention_ms or 0.0)
-    draft_ms += len(plan.kept_mlp) * (cost.mlp_ms or 0.0)
-    draft_ms += cost.head_ms if cost.draft_head_ms is None else cost.draft_head_ms
-    return length * cost.verify_ms[0] / (cost.verify_ms[k] + k * draft_ms)
+    drafts_ms = k * costs.step_ms(plan.view.branches, 1)
+    return length * costs.target_ms(1) / (costs.target_ms(k + 1) + drafts_ms)
 
 
 def compare(plan: SkipPlan, plain: Measurement, sdfp: Measurement) -> Comparison:

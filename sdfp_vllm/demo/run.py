@@ -28,10 +28,12 @@ from sdfp_vllm.demo.report import DRAFT_MODEL, NAMES, NGRAM, PLAIN, SDFP
 from sdfp_vllm.demo.target import demo_draft, demo_target
 from sdfp_vllm.demo.widen import read_config
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fingerprint import fingerprint
 from sdfp_vllm.machine import processor
 from sdfp_vllm.measure import EngineSpec, Measurement, one_by_one, run_engines
-from sdfp_vllm.plan import PLAN_FILE, SkipPlan, default_plan_dir, load_plan
+from sdfp_vllm.plan.fingerprint import fingerprint
+from sdfp_vllm.plan.parcel import PLAN_FILE
+from sdfp_vllm.plan.schema import SkipPlan
+from sdfp_vllm.plan.store import default_plan_dir, load_plan
 from sdfp_vllm.results_file import save_results
 from sdfp_vllm.source_tree import git_sha
 
@@ -64,9 +66,9 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     with console.status("Preparing the cost-scaled demo models (first run only)"):
         target = demo_target()
         draft = demo_draft() if DRAFT_MODEL in settings.methods else None
-    plan = plan_for(target, console) if SDFP in settings.methods else None
+    plan = plan_for(target, settings.eager, console) if SDFP in settings.methods else None
     if plan and not plan.worthwhile:
-        console.print("The plan predicts no gain over plain decoding on this machine.")
+        console.print("The plan promises no gain over plain decoding on this machine.")
     *prompts, warm_up = held_out_prompts(
         target, count=settings.prompts + 1, tokens=settings.prompt_tokens, seed=settings.seed
     )
@@ -104,6 +106,8 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     results = _run_all({m: spec(m) for m in methods}, in_turns, console)
 
     draft_bytes = {DRAFT_MODEL: sum(f.stat().st_size for f in draft.glob("*.safetensors"))} if draft else {}
+    if plan:
+        draft_bytes[SDFP] = plan.extra_bytes
     records = report.rows(results, draft_bytes)
     size = sum(f.stat().st_size for f in target.glob("*.safetensors"))
     title = (
@@ -140,7 +144,8 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
             "prompts_held_out": is_held_out(),
             "settings": asdict(settings),
             "plan": plan.model_dump(
-                include={"kept_layers", "num_speculative_tokens", "worthwhile", "made"}, mode="json"
+                include={"view", "extra_bytes", "num_speculative_tokens", "worthwhile", "check", "made"},
+                mode="json",
             )
             if plan
             else None,
@@ -155,8 +160,8 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     return records
 
 
-def plan_for(target: Path, console: Console) -> SkipPlan:
-    """The plan of `target` from its default place; made first where there is none."""
+def plan_for(target: Path, eager: bool, console: Console) -> SkipPlan:
+    """The plan of `target` from its default place; made first where there is none, for an engine that runs so."""
     fp = fingerprint(target)
     folder = default_plan_dir(fp)
     if not (folder / PLAN_FILE).is_file():
@@ -164,7 +169,7 @@ def plan_for(target: Path, console: Console) -> SkipPlan:
 
         console.print("No plan for the demo target yet: making it.")
         # The diagonal score is the original's exactly; the trace score also counts the added weights.
-        make_plan(str(target), dtype="float32", score_form="diagonal", console=console)
+        make_plan(str(target), dtype="float32", score_form="diagonal", eager=eager, console=console)
     return load_plan(folder, expected=fp)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from sdfp_vllm.demo.widen import read_config, widen, widened_bytes
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.plan import plans_root
+from sdfp_vllm.plan.store import plans_root
 
 PACKAGED = Path(__file__).parent
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdfp_vllm.bridge import BridgeKind
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.bridges import BridgeFitter, FittedBridges
-from sdfp_vllm.fit.cost import MeasuredCost, measure_bridge_ms
+from sdfp_vllm.fit.cost import measure_bridge_ms
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.search import Choice, search_above
-from sdfp_vllm.plan import CostModel, LayerScore
+from sdfp_vllm.plan.bridge import BridgeKind
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.schema import LayerScore
 
 BridgeRequest = Literal["none", "bias", "affine", "low-rank", "auto"]
 _Variant = tuple[BridgeKind, int] | None  # kind and rank; None for no bridge
@@ -40,13 +41,14 @@ class BridgedChoice:
 
     choice: Choice
     fitted: FittedBridges
-    cost: MeasuredCost
+    cost: Costs
     judged: float
 
-    def cost_model(self) -> CostModel:
+    def costs(self) -> Costs:
         """The plan's record of the cost: the bridges' time is part of a draft step's overhead."""
         bridges = len(self.fitted.runs) * self.cost.bridge_ms
-        return replace(self.cost, draft_overhead_ms=self.cost.draft_overhead_ms + bridges).model()
+        overhead = self.cost.draft_overhead_ms + bridges
+        return self.cost.model_copy(update={"draft_overhead_ms": overhead, "bridge_ms": 0.0})
 
 
 class BridgedRollout:
@@ -68,7 +70,7 @@ def search_bridged(
     rollout: DraftRollout,
     text: Continuations | None,
     scores: Sequence[LayerScore],
-    cost: MeasuredCost,
+    cost: Costs,
     unbridged: Callable[[], Choice] | None = None,
     **options: Any,
 ) -> BridgedChoice:
@@ -108,7 +110,7 @@ def _search(
     rollout: DraftRollout,
     fitter: BridgeFitter | None,
     scores: Sequence[LayerScore],
-    cost: MeasuredCost,
+    cost: Costs,
     options: dict[str, Any],
 ) -> BridgedChoice | None:
     if variant is None:
@@ -116,11 +118,12 @@ def _search(
         return BridgedChoice(choice, FittedBridges(), cost, choice.prediction.speedup) if choice else None
     assert fitter is not None
     bridged = BridgedRollout(rollout, fitter, *variant)
-    cost = replace(cost, bridge_ms=measure_bridge_ms(rollout.stack, fitter.blank(*variant)))
+    bridge_ms = measure_bridge_ms(rollout.stack, fitter.blank(*variant))
+    cost = cost.model_copy(update={"bridge_ms": bridge_ms})
     choice = search_above(bar, bridged, scores, cost, **options)  # type: ignore[arg-type]
     if choice is None:
         return None
-    fitted = bridged.fitted[tuple(choice.kept_layers)]
+    fitted = bridged.fitted[choice.keep.layers]
     return BridgedChoice(choice, fitted, cost, choice.prediction.speedup)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdfp_vllm.bridge import Bridge
-from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.bridge_file import Run
+from sdfp_vllm.plan.keep import KeepSet
 
 
 class _Bridged(nn.Module):

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sdfp_vllm.bridge import Bridge, BridgeKind
-from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.fit.bridged_stack import like_model, placing
 from sdfp_vllm.fit.rollout import Continuations
 from sdfp_vllm.fit.shared_attention import DraftRows, FullPass, rollout_attention
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.plan import BridgeRun, runs_skipped
+from sdfp_vllm.plan.bridge import Bridge, BridgeKind
+from sdfp_vllm.plan.bridge_file import Run
+from sdfp_vllm.plan.schema import BridgeRun, runs_skipped
 
 # Penalties tried, over the mean square of the inputs.
 _PENALTIES: dict[BridgeKind, tuple[float, ...]] = {
@@ -95,21 +95,26 @@ class BridgeFitter:
         self.stack = stack
         self._ids = text.ids
         self._full = list(text.full)
-        streams = []  # per window [L + 1, T, H]: what enters each layer, and the final norm
+        streams = []  # per window [L + 1, T - begin, H]: what enters each layer, and the final norm
+        begins = text.begins.tolist()
         with rollout_attention(stack):
-            for window in self._ids:
-                full = FullPass()
+            for window, begin in zip(self._ids, begins, strict=True):
+                full = FullPass(begin=begin)
+                position = torch.arange(begin, len(window), device=window.device)
                 with _recording([*stack.layers, stack.norm]) as entered:
-                    self._forward(window, torch.arange(len(window), device=window.device), full)
+                    self._forward(window[begin:], position, full)
                 streams.append(torch.stack(entered))
                 if not text.full:  # K/V that came with the text are not held twice
                     self._full.append(full)
-        # The first position, where attention sinks live, is never drafted; past its end a text is not read.
+        # A text's first token, where attention sinks live, is never drafted; past its end a text is not read.
         position = torch.arange(self._ids.shape[1], device=stack.device)
-        used = (position > 0) & (position < text.ends.to(stack.device)[:, None])
+        begin_of, end_of = (t.to(stack.device)[:, None] for t in (text.begins, text.ends))
+        used = (position > begin_of) & (position < end_of)
         sequence, start = used.nonzero(as_tuple=True)
         self._rows = (sequence, start)
-        self._streams = torch.cat([s[:, used[n]] for n, s in enumerate(streams)], dim=1)  # [L + 1, rows, H]
+        self._streams = torch.cat(
+            [s[:, used[n, begins[n] :]] for n, s in enumerate(streams)], dim=1
+        )  # [L + 1, rows, H]
         count = len(self._ids)
         share = max(1, count // _HELD_OUT)
         self._held = sequence >= count - share if count > 1 else start % _HELD_OUT == 0

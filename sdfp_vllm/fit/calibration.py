@@ -1,4 +1,4 @@
-"""Calibration text -> token windows: from a file, a jsonl field, a dataset, or the built-in sample."""
+"""Calibration text: windows of a file, a jsonl field, a dataset or the built-in sample; prompts of chats."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.chats import has_chat_template, render_chat
 
 BUILT_IN = "stdlib"
 # Not the standard library itself, or its test suites and vendored copies.
@@ -22,6 +23,13 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "en
 # Documents are shuffled as a whole, then cut and shuffled again this many at a time, so that a
 # dataset of any size is read only as far as the windows need.
 _POOL = 1024
+
+_JSON_LINES = {".jsonl", ".ndjson"}
+# Fields that make a row a chat, the first that is there: OpenAI's, Spec-Bench's, and a user's text.
+_CHAT_FIELDS = ("messages", "turns", "prompt")
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
+_ANSWERED = {"user", "tool"}  # roles that the assistant answers
+LONGEST_PROMPT = 512
 
 # A source: how many documents it has, how to read the i-th, and its name for the plan.
 _Source = tuple[int, Callable[[int], str], str]
@@ -60,10 +68,10 @@ def load_calibration(
     window does, as a served prompt would.
 
     Args:
-        source: None or "stdlib" (the Python standard library's sources), a text file, a .jsonl
+        source: None or "stdlib" (the Python standard library's sources), a text file, a .jsonl or .ndjson
             file, or a dataset's folder or name (needs the `datasets` package; its train split).
         tokenizer: A Hugging Face tokenizer.
-        field: The text field of a .jsonl file or dataset.
+        field: The text field of such a file or dataset.
 
     Raises:
         SdfpError: If the source is missing, empty, unreadable or too short.
@@ -164,9 +172,9 @@ def _open(source: str | None, field: str) -> _Source:
         return _standard_library()
     path = Path(source)
     if path.is_file():
-        return _jsonl(path, field) if path.suffix == ".jsonl" else _listed([_read_text(path)], str(path))
+        return _jsonl(path, field) if _is_json_lines(path) else _listed([_read_text(path)], str(path))
     if not path.is_dir() and (
-        path.suffix in {".txt", ".jsonl", ".json", ".md"} or source.startswith((".", "/", "~"))
+        path.suffix in {".txt", ".json", ".md"} or _is_json_lines(path) or source.startswith((".", "/", "~"))
     ):
         raise SdfpError(
             f"calibration {source}",
@@ -195,37 +203,176 @@ def _standard_library() -> _Source:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise SdfpError(
             f"calibration {path}", f"cannot be read as UTF-8 text ({e})", "Give a readable text file."
         ) from e
 
 
+def _is_json_lines(path: Path) -> bool:
+    return path.suffix.lower() in _JSON_LINES
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a .jsonl file, each with its place for errors; blank lines are none.
+
+    Lines end at "\\n" alone: JSON allows U+2028, U+2029 and U+0085 inside strings.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"calibration {path}, line {number}"
+                if row := _decoded(line, where, first=number == 1):
+                    yield where, _parsed(row, where)
+    except OSError as e:
+        raise SdfpError(
+            f"calibration {path}", f"cannot be read ({e.strerror or e})", "Give a readable file."
+        ) from e
+
+
+def _decoded(line: bytes, where: str, first: bool) -> str:
+    try:
+        return line.decode("utf-8-sig" if first else "utf-8").strip(" \t\r\n")
+    except UnicodeDecodeError as e:
+        raise SdfpError(where, f"is not UTF-8 text ({e})", "Save the file as UTF-8.") from e
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise SdfpError(where, f"is not JSON ({e})", "Mend or remove the line.") from e
+
+
 def _jsonl(path: Path, field: str) -> _Source:
-    texts = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise SdfpError(
-                f"calibration {path}, line {number}", f"is not JSON ({e})", "Mend or remove the line."
-            ) from e
-        texts.append(_text_of(row, field, f"calibration {path}, line {number}"))
-    return _listed(texts, f"{path} (field {field})")
+    return _listed([_text_of(row, field, where) for where, row in _rows(path)], f"{path} (field {field})")
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
-    if isinstance(row, dict) and isinstance(row.get(field), str):
+    if isinstance(row, dict) and _is_text(row.get(field)):
         return row[field]
-    found = (
-        ", ".join(sorted(k for k, v in row.items() if isinstance(v, str))) if isinstance(row, dict) else ""
-    )
+    found = ", ".join(sorted(k for k, v in row.items() if _is_text(v))) if isinstance(row, dict) else ""
     raise SdfpError(
         where, f"has no text field {field!r}", f"Name one of its text fields (found: {found or 'none'})."
     )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string of characters; JSON's escapes can also spell half of one (a lone surrogate)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_chat_source(source: str | None) -> bool:
+    """Whether `read_chats` is for this source: a .jsonl or .ndjson file whose first row is a chat.
+
+    Raises:
+        SdfpError: If the first row is not JSON, or cannot be read.
+    """
+    path = Path(source or BUILT_IN)
+    if not (_is_json_lines(path) and path.is_file()):
+        return False
+    _, row = next(_rows(path), ("", None))
+    return isinstance(row, dict) and any(field in row for field in _CHAT_FIELDS)
+
+
+def read_chats(source: str, tokenizer: Any, count: int, seed: int) -> list[Tensor]:
+    """Prompts of `count` rows of a file of chats, each drawn once; equal arguments give equal prompts.
+
+    A row is a chat by one of its fields: `messages` (role and content of each, as in OpenAI's API; answers at
+    the end are cut off, so that the model gives its own), `turns` (a user's texts, of which the first is
+    asked) or `prompt` (a user's text). The latter two are plain text for a tokenizer without chat template.
+
+    Returns:
+        int64 [P] each, P at most LONGEST_PROMPT: longer ones are left out. Fewer than `count` where the file
+        has no more.
+
+    Raises:
+        SdfpError: If the file cannot be read, any row is no chat, the template refuses one, or none remains.
+    """
+    path = Path(source)
+    chats = [(where, *_chat_of(row, where)) for where, row in _rows(path)]
+    random.Random(seed).shuffle(chats)
+    prompts: list[Tensor] = []
+    for where, field, messages in chats:
+        if len(prompts) == count:
+            break
+        ids = _prompt_of(tokenizer, field, messages, where)
+        if 0 < len(ids) <= LONGEST_PROMPT:
+            prompts.append(ids)
+    if not prompts:
+        raise SdfpError(
+            f"calibration {path}",
+            f"has no chat of at most {LONGEST_PROMPT} tokens" if chats else "holds no chats",
+            "Give a file with shorter ones." if chats else "Give a file with chats in it.",
+        )
+    return prompts
+
+
+def _prompt_of(tokenizer: Any, field: str, messages: list[dict[str, str]], where: str) -> Tensor:
+    if has_chat_template(tokenizer):
+        return render_chat(tokenizer, messages, where)
+    if field == "messages":
+        raise SdfpError(
+            f"{where}, field messages",
+            "needs a chat template, which the model's tokenizer does not have",
+            "Give rows with a text or prompt field.",
+        )
+    return torch.tensor(tokenizer(messages[0]["content"], verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _chat_of(row: Any, where: str) -> tuple[str, list[dict[str, str]]]:
+    """The field that makes a row a chat, and its messages, up to the first that the model is to answer."""
+    field = next((f for f in _CHAT_FIELDS if isinstance(row, dict) and f in row), None)
+    if field is None:
+        raise SdfpError(
+            where,
+            f"is no chat: it has none of the fields {', '.join(_CHAT_FIELDS)}",
+            "Mend or remove the line, or give a file of which every row is a chat.",
+        )
+    value = row[field]
+    if field == "prompt":
+        return field, [{"role": "user", "content": _content(value, f"{where}, field prompt")}]
+    if not isinstance(value, list) or not value:
+        what = "is empty" if value == [] else "is not a list"
+        raise SdfpError(
+            f"{where}, field {field}", what, "Give a list with at least one item, or remove the line."
+        )
+    if field == "turns":
+        return field, [{"role": "user", "content": _content(value[0], f"{where}, field turns[0]")}]
+    messages = [_message(message, f"{where}, field messages[{i}]") for i, message in enumerate(value)]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] not in _ANSWERED:
+        raise SdfpError(
+            f"{where}, field messages",
+            "has nothing for the model to answer",
+            "Add a message of the user at the end, or remove the line.",
+        )
+    return field, messages
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise SdfpError(where, "is not an object", "Give it a role and a content.")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise SdfpError(f"{where}.role", f"{role!r} is not known", f"Use one of {', '.join(sorted(_ROLES))}.")
+    return {"role": role, "content": _content(message.get("content"), f"{where}.content")}
+
+
+def _content(value: Any, where: str) -> str:
+    if not _is_text(value):
+        raise SdfpError(where, "is not text", "Give a string, or remove the line.")
+    if not value.strip():
+        raise SdfpError(where, "is empty", "Give it some text, or remove the line.")
+    return value
 
 
 def _dataset(source: str, field: str) -> _Source:

@@ -1,4 +1,4 @@
-"""The plan's pacing record: costs of the chosen keep set, and how far a draft's confidence can be trusted."""
+"""The plan's record of chances: how often the drafts of a view are accepted, and how far their confidence says so."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdfp_vllm.bridge import Bridge
-from sdfp_vllm.bridge_file import Run
-from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.rollout import DraftRollout
-from sdfp_vllm.keep import KeepSet
-from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing
+from sdfp_vllm.pacing.record import CONFIDENCE_EDGES
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.bridge_file import Run
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import Chances
 
 # Observations that a bin's prior is worth: bins that no draft fell into keep it.
 _PRIOR_WEIGHT = 2.0
 
 
-def measure_pacing(
+def measure_chances(
     rollout: DraftRollout,
     keep: KeepSet | Sequence[int],
-    cost: MeasuredCost,
     steps: int,
     bridges: Mapping[Run, Bridge] | None = None,
-    tokens: Tensor | None = None,
-) -> Pacing:
+    head: nn.Module | None = None,
+) -> Chances:
     """Rolls `keep` out once more over the target's text, with the confidence of every draft.
 
     Args:
         keep: What drafts; a list is of whole layers.
         steps: Draft steps, and as many positions whose acceptance is counted.
-        bridges, tokens: As in `DraftRollout.run`.
+        bridges, head: As in `DraftRollout.run`.
     """
     edges = torch.tensor(CONFIDENCE_EDGES)
     tried = torch.zeros(len(CONFIDENCE_EDGES) + 1)
@@ -43,20 +42,11 @@ def measure_pacing(
         tried.add_(torch.bincount(bins, minlength=len(tried)))
         accepted.add_(torch.bincount(bins, right.cpu().float(), minlength=len(tried)))
 
-    runs = rollout.run(keep, steps, bridges=bridges, watch=watch, tokens=tokens)
+    runs = rollout.run(keep, steps, bridges=bridges, watch=watch, head=head)
     mean = (accepted.sum() / tried.sum()).item()
     prior = torch.tensor(confidence_prior(mean))
     chances = (accepted + _PRIOR_WEIGHT * prior) / (tried + _PRIOR_WEIGHT)
-    kept = KeepSet.of(keep)
-    return Pacing(
-        rows=cost.rows,
-        target_ms=[cost.forward_ms(cost.num_layers, m) for m in cost.rows],
-        draft_ms=[cost.step_ms(kept, m) for m in cost.rows],
-        draft_overhead_ms=cost.draft_overhead_ms,
-        round_overhead_ms=cost.round_overhead_ms,
-        acceptance=runs.rounds(steps).acceptance,
-        confidence=chances.tolist(),
-    )
+    return Chances(acceptance=runs.rounds(steps).acceptance, confidence=chances.tolist())
 
 
 def confidence_prior(acceptance: float) -> list[float]:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from sdfp_vllm.fit.bridged_stack import placing
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.shared_attention import DraftRows, rollout_attention
-from sdfp_vllm.keep import Branch, KeepSet
+from sdfp_vllm.plan.keep import Branch, KeepSet
+from sdfp_vllm.plan.view import BRANCHES
 
-BRANCHES: tuple[Branch, Branch] = ("attention", "mlp")
 _HEAD_ROWS = 256  # rows of logits alive at once
 _BACKWARD_ROWS = 64
 
@@ -84,7 +84,7 @@ class FirstStep:
         """Final hidden states [R, hidden] of a draft, resumed where it parts from `center`."""
         last = None  # layer up to which both run the same
         for i in range(self.stack.num_layers):
-            if keep.branches(i) != self._center.branches(i):
+            if _seen(keep, i) != _seen(self._center, i):
                 break
             last = i if i in self._streams else last
         if last is None:
@@ -96,9 +96,9 @@ class FirstStep:
     def _overlap(self, hidden: Tensor) -> float:
         if self._target is None:
             self._target = [self.stack.head(h).float().softmax(-1) for h in self._full.split(_HEAD_ROWS)]
-        total = 0.0
+        total, head = 0.0, self._rollout.head or self.stack.head
         for ours, p in zip(hidden.split(_HEAD_ROWS), self._target, strict=True):
-            total += float(torch.minimum(p, self.stack.head(ours).float().softmax(-1)).sum())
+            total += float(torch.minimum(p, head(ours).float().softmax(-1)).sum())
         return total / len(hidden)
 
     def divergence(self, gates: Tensor, chunks: Sequence[int] | None = None) -> tuple[float, Tensor]:
@@ -176,6 +176,11 @@ def _at(rows: DraftRows, which: Tensor) -> DraftRows:
     """A draft's first step from some of the rows of another, by ascending index."""
     which = which.to(rows.start.device)
     return DraftRows(rows.full, rows.sequence[which], rows.start[which])
+
+
+def _seen(view: KeepSet, i: int) -> set[tuple[Branch, str]]:
+    """What of layer i runs, and how."""
+    return {(b, view.precision(i, b)) for b in view.branches(i)}
 
 
 def gates_of(keep: KeepSet, num_layers: int) -> Tensor:

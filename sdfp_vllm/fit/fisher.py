@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.fisher_sums import Checkpoint, FisherSums, checkpoint_key
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.plan import FitScore, LayerScore
+from sdfp_vllm.plan.schema import FitScore, LayerScore
 
 # Windows longer than this recompute activations instead of keeping them.
 CHECKPOINTING_LENGTH = 1024

@@ -19,8 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdfp_vllm.fit.cost import MeasuredCost
+from sdfp_vllm.fit.families import attention_share
 from sdfp_vllm.fit.first_step import FirstStep
+from sdfp_vllm.plan.costs import Costs
 
 STEPS = 40
 BUDGET = 0.2  # DiP-GO's
@@ -31,7 +32,7 @@ _START = 1.0  # every gate starts open
 
 def learn_gates(
     first: FirstStep,
-    cost: MeasuredCost,
+    cost: Costs,
     *,
     steps: int = STEPS,
     seed: int = 0,
@@ -45,7 +46,7 @@ def learn_gates(
     generator = torch.Generator().manual_seed(seed)
     logits = torch.full((cost.num_layers, 2), _START)
     tied = not first.stack.has_sublayers
-    attention = cost.attention[0] / cost.layer[0]
+    attention = attention_share(cost)
     share = torch.tensor([attention, 1 - attention]).expand_as(logits) / cost.num_layers
     scale, _ = first.divergence(torch.zeros_like(logits))
     for _ in range(steps):

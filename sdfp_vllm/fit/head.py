@@ -7,13 +7,17 @@ read whole for each drafted one. Output stays exact, since verification uses the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sdfp_vllm.fit.rounded import rounded_copy_of, rounded_product
 from sdfp_vllm.fit.stack import DecoderStack
 from sdfp_vllm.integration.cpu_linear import engine_linear
+from sdfp_vllm.plan.view import Precision
+from sdfp_vllm.rounding import copy_bytes
 
 FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _MULTIPLE = 64  # rows that matrix kernels like to come in
@@ -45,49 +49,73 @@ def head_sizes(vocab_size: int) -> list[int]:
     return sorted(n for n in sizes if 0 < n < vocab_size)
 
 
-@torch.no_grad()
-def restricted_linear(stack: DecoderStack, tokens: Tensor) -> nn.Linear:
-    """The head over `tokens` alone, int64 [M]: [R, hidden] -> [R, M], a copy of its rows.
+def head_bytes(tokens: int, hidden: int, precision: Precision, dtype: torch.dtype) -> int:
+    """Bytes of the rows of `tokens` ids, which a restricted head holds beside the target's at any precision."""
+    if precision == "full":
+        return tokens * hidden * dtype.itemsize
+    return copy_bytes(tokens, hidden, precision, dtype)
+
+
+class RolledHead(nn.Module):
+    """The head as a draft has it in a rollout: [R, hidden] -> [R, M] logits of `tokens` (None: of all).
 
     Scale and soft cap of logits are left out, as in `DecoderStack.head`: they do not change the argmax.
+
+    Args:
+        tokens: int64 [M], ascending.
     """
-    head: nn.Linear = stack.head  # type: ignore[assignment]
-    tokens = tokens.to(head.weight.device)
-    made = nn.Linear(head.in_features, len(tokens), bias=head.bias is not None, device="meta")
-    made.weight = nn.Parameter(head.weight[tokens], requires_grad=False)
-    if head.bias is not None:
-        made.bias = nn.Parameter(head.bias[tokens], requires_grad=False)
-    return made
+
+    @torch.no_grad()
+    def __init__(self, stack: DecoderStack, tokens: Tensor | None, precision: Precision = "full"):
+        super().__init__()
+        head: nn.Linear = stack.head  # type: ignore[assignment]
+        self.tokens = None if tokens is None else tokens.to(head.weight.device)
+        rows = slice(None) if self.tokens is None else self.tokens
+        self.weight: Any = head.weight.detach()[rows]
+        self.bias: Any = None if head.bias is None else head.bias.detach()[rows]
+        self._product: Any = None
+        if precision != "full":
+            self._product = rounded_copy_of(self.weight, self.bias, precision)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self._product is not None:
+            return self._product(hidden)
+        return nn.functional.linear(hidden, self.weight, self.bias)
 
 
 @torch.no_grad()
-def measure_heads(stack: DecoderStack, ranking: Tensor, sizes: Sequence[int]) -> dict[int, float]:
-    """Time of the head over the `n` first of `ranking`, for each n of `sizes`, as a share of the full head's.
+def measure_heads(
+    stack: DecoderStack, ranking: Tensor, heads: Sequence[tuple[int, Precision]]
+) -> dict[tuple[int, Precision], float]:
+    """Milliseconds of the head over the `n` first of `ranking`, at a precision, for each of `heads`.
 
     One row, as the engine computes it: norm, product, logits of full width, argmax. Best of many; all
-    sizes take turns, so that each finds its weights in memory and not in the processor's cache.
+    heads take turns, so that each finds its weights in memory and not in the processor's cache.
     """
     norm, vocab = stack.norm, len(ranking)
     like = next(stack.head.parameters())
     x = torch.randn(1, like.shape[1], dtype=like.dtype, device=like.device)
-    full = engine_linear(stack.head)  # type: ignore[arg-type]
-    parts = {vocab: lambda: full(norm(x)).argmax(-1)}
-    for n in sizes:
+    parts: dict[tuple[int, Precision], Callable[[], Tensor]] = {}
+    for n, precision in heads:
         tokens = ranking[:n].sort().values.to(like.device)
-        parts[n] = _restricted(engine_linear(restricted_linear(stack, tokens)), tokens, vocab, norm, x)
+        weight = like.detach() if n == vocab else like.detach()[tokens]
+        product = engine_linear(weight) if precision == "full" else rounded_product(weight, precision)
+        parts[n, precision] = _restricted(product, None if n == vocab else tokens, vocab, norm, x)
     best = dict.fromkeys(parts, float("inf"))
     began = time.perf_counter()
     for repeat in range(_MAX_REPEATS):
         if repeat >= _MIN_REPEATS and time.perf_counter() - began > _SECONDS:
             break
-        for n, part in parts.items():
-            best[n] = min(best[n], _timed(part, like.is_cuda))
-    return {n: best[n] / best[vocab] for n in sizes}
+        for key, part in parts.items():
+            best[key] = min(best[key], _timed(part, like.is_cuda))
+    return {key: took * 1e3 for key, took in best.items()}
 
 
-def _restricted(linear, tokens: Tensor, vocab: int, norm: nn.Module, x: Tensor):
+def _restricted(linear, tokens: Tensor | None, vocab: int, norm: nn.Module, x: Tensor):
     def part() -> Tensor:
         logits = linear(norm(x))
+        if tokens is None:
+            return logits.argmax(-1)
         full = logits.new_full((1, vocab), -torch.inf)
         return full.index_copy_(1, tokens, logits).argmax(-1)
 

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.bridged_search import BridgedChoice
-from sdfp_vllm.fit.cost import MeasuredCost
-from sdfp_vllm.fit.head import head_sizes, measure_heads
+from sdfp_vllm.fit.head import RolledHead, head_sizes, measure_heads
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.search import Trial, best_trial, candidate, choice, could_win, draft_lengths
-from sdfp_vllm.keep import KeepSet
-from sdfp_vllm.plan import Candidate
+from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import Candidate
+from sdfp_vllm.plan.view import Precision
 
 # What a restricted head must add to the predicted speed: below it the gain is within the prediction's error.
 MARGIN = 1.02
@@ -29,12 +31,19 @@ HeadRequest = str | int  # "auto", "full", or the number of tokens
 
 
 @dataclass(frozen=True)
-class RestrictedChoice:
-    """The tokens chosen (None: all), their share of the target's text, and the search's result with them."""
+class HeadChoice:
+    """The tokens chosen (None: all), their share of the target's text, at which precision, and the result with them."""
 
     found: BridgedChoice
     tokens: Tensor | None = None
     coverage: float = 1.0
+    precision: Precision = "full"
+
+    def rolled(self, stack: DecoderStack) -> RolledHead | None:
+        """The head for a rollout; None where it is the target's own."""
+        if self.tokens is None and self.precision == "full":
+            return None
+        return RolledHead(stack, self.tokens, self.precision)
 
 
 @dataclass(frozen=True)
@@ -45,11 +54,12 @@ class _Option:
     candidate: Candidate
     tokens: Tensor
     coverage: float
-    cost: MeasuredCost
+    precision: Precision
+    cost: Costs
 
     @property
     def keep(self) -> KeepSet:
-        return self.candidate.keep
+        return self.candidate.view
 
 
 def search_head(
@@ -61,7 +71,9 @@ def search_head(
     *,
     draft_tokens: int | None = None,
     news: Callable[[str], None] = lambda line: None,
-) -> RestrictedChoice:
+    precision: Precision = "full",
+    admits: Callable[[KeepSet, int, Precision], bool] = lambda view, tokens, precision: True,
+) -> HeadChoice:
     """Returns `found` with the head asked for.
 
     "auto" first asks what a head that costs nothing and loses nothing would bring; only where that is
@@ -72,9 +84,15 @@ def search_head(
         ranking: Counts: all ids, the most frequent first, int64 [V].
         draft_tokens: Fixes the draft length.
         news: Called with a line after each rollout.
+        precision: Of the head over all tokens that `found` was searched with; heads over fewer are tried at it too.
+        admits: Whether there is memory for a view and a head over so many tokens.
+
+    Raises:
+        SdfpError: If there is no memory for the number of tokens asked for.
     """
+    best = HeadChoice(found, precision=precision)
     if request == "full":
-        return RestrictedChoice(found)
+        return best
     lengths = draft_lengths(draft_tokens)
     # Bridges exist for the chosen keep set alone.
     curve = [c for c in found.choice.curve if not found.fitted.runs or _is_chosen(c, found)]
@@ -82,12 +100,19 @@ def search_head(
     sizes = [request] if isinstance(request, int) else head_sizes(vocab_size)
     if request == "auto":
         bar = found.judged * MARGIN
-        free = replace(found.cost, draft_head=0.0)
+        free = found.cost.model_copy(update={"draft_head": [0.0] * len(found.cost.rows)})
         if not sizes or max(_estimate(c, free, lengths) for c in curve) <= bar:
-            return RestrictedChoice(found)
+            return best
     ranked = ranking()
-    options = _options(found, curve, rollout, ranked, sizes, lengths)
-    best = RestrictedChoice(found)
+    heads = [(n, p) for n in sizes for p in dict.fromkeys(("full", precision))]
+    options = _options(found, curve, rollout, ranked, heads, lengths, precision)
+    options = [o for o in options if admits(o.keep, len(o.tokens), o.precision)]
+    if isinstance(request, int) and not options:
+        raise SdfpError(
+            f"--head {request}",
+            "takes more than --extra-memory leaves",
+            "Ask for fewer tokens, or allow more.",
+        )
     for option in sorted(options, key=lambda o: -o.estimate):
         if option.estimate <= bar:
             break
@@ -97,14 +122,14 @@ def search_head(
             lengths[-1],
             proceed=could_win(option.cost, keep, lengths, bar),
             bridges=found.fitted.bridges,
-            tokens=option.tokens,
+            head=RolledHead(rollout.stack, option.tokens, option.precision),
         )
         if runs.steps < lengths[0]:
             continue  # a length that the user fixed, and that could not win
         trial = best_trial(keep, runs, option.cost, lengths)
         if trial.speedup > bar:
             bar, best = trial.speedup, _chosen(found, option, trial, draft_tokens)
-            news(f"{len(option.tokens)} tokens: {trial.speedup:.2f}x")
+            news(f"{len(option.tokens)} tokens in {option.precision}: {trial.speedup:.2f}x")
     return best
 
 
@@ -113,21 +138,27 @@ def _options(
     curve: Sequence[Candidate],
     rollout: DraftRollout,
     ranking: Tensor,
-    sizes: Sequence[int],
+    heads: Sequence[tuple[int, Precision]],
     lengths: list[int],
+    precision: Precision,
 ) -> list[_Option]:
-    shares = measure_heads(rollout.stack, ranking, sizes)
+    vocab = len(ranking)
+    whole: list[tuple[int, Precision]] = [(vocab, p) for p in dict.fromkeys(p for _, p in heads)]
+    took = measure_heads(rollout.stack, ranking, [*whole, *heads])
     written = rollout.text.written().cpu()
     options = []
-    for size in sizes:
+    for size, p in heads:
         tokens = ranking[:size].sort().values
         coverage = torch.isin(written, tokens).double().mean().item()
-        cost = replace(found.cost, draft_head=shares[size])
-        options += [_Option(_estimate(c, cost, lengths, coverage), c, tokens, coverage, cost) for c in curve]
+        share = took[size, p] / took[vocab, p]
+        cost = found.cost.model_copy(update={"draft_head": [share * ms for ms in found.cost.head[p]]})
+        options += [
+            _Option(_estimate(c, cost, lengths, coverage), c, tokens, coverage, p, cost) for c in curve
+        ]
     return options
 
 
-def _estimate(candidate: Candidate, cost: MeasuredCost, lengths: list[int], coverage: float = 1.0) -> float:
+def _estimate(candidate: Candidate, cost: Costs, lengths: list[int], coverage: float = 1.0) -> float:
     """Best speedup over draft lengths at this cost, a token being accepted as before times `coverage`.
 
     Beyond the draft tokens that were rolled out, acceptance is taken to stay what it was for the last.
@@ -135,23 +166,20 @@ def _estimate(candidate: Candidate, cost: MeasuredCost, lengths: list[int], cove
     rates = [a * coverage for a in candidate.acceptance]
     rates += [rates[-1]] * (lengths[-1] - len(rates))
     reached = list(accumulate(rates, mul))
-    return max(cost.speedup(candidate.keep, k, 1.0 + sum(reached[:k])) for k in lengths)
+    return max(cost.speedup(candidate.view, k, 1.0 + sum(reached[:k])) for k in lengths)
 
 
-def _chosen(
-    found: BridgedChoice, option: _Option, trial: Trial, draft_tokens: int | None
-) -> RestrictedChoice:
+def _chosen(found: BridgedChoice, option: _Option, trial: Trial, draft_tokens: int | None) -> HeadChoice:
     """The choice that serves the option; its keep set's point on the curve is the one with its head."""
     point = candidate(option.keep, trial.runs, option.cost)
     curve = [point if c is option.candidate else c for c in found.choice.curve]
     served = choice(trial, curve, option.cost, draft_tokens)
-    return RestrictedChoice(
-        replace(found, choice=served, cost=option.cost, judged=trial.speedup), option.tokens, option.coverage
-    )
+    served_by = replace(found, choice=served, cost=option.cost, judged=trial.speedup)
+    return HeadChoice(served_by, option.tokens, option.coverage, option.precision)
 
 
 def _is_chosen(candidate: Candidate, found: BridgedChoice) -> bool:
-    return candidate.keep == found.choice.keep
+    return candidate.view == found.choice.keep
 
 
 def check_head(request: str, vocab_size: int) -> HeadRequest:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -13,74 +12,39 @@ from rich.console import Console
 from torch import Tensor
 
 from sdfp_vllm import __version__
-from sdfp_vllm.bridge_file import pack_bridges
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
-from sdfp_vllm.fit.bridged_search import (
-    VARIANTS,
-    BridgeRequest,
-    check_bridge,
-    search_bridged,
-)
-from sdfp_vllm.fit.calibration import Calibration, count_tokens, load_calibration
-from sdfp_vllm.fit.cost import measure_cost
+from sdfp_vllm.fit.bridged_search import VARIANTS, search_bridged
+from sdfp_vllm.fit.chances import measure_chances
+from sdfp_vllm.fit.cost import measure_costs
+from sdfp_vllm.fit.engine_check import overheads_of, with_check
 from sdfp_vllm.fit.fisher import fisher_scores, layer_scores
 from sdfp_vllm.fit.fisher_sums import FisherSums
-from sdfp_vllm.fit.head import rank_tokens
-from sdfp_vllm.fit.head_search import RestrictedChoice, check_head, search_head
-from sdfp_vllm.fit.pacing import measure_pacing
+from sdfp_vllm.fit.head import RolledHead, head_bytes, rank_tokens
+from sdfp_vllm.fit.head_search import HeadChoice, check_head, search_head
+from sdfp_vllm.fit.memory import Memory, parse_memory
+from sdfp_vllm.fit.options import DTYPES, PlanOptions
 from sdfp_vllm.fit.progress import Stages, stages
-from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
+from sdfp_vllm.fit.prospects import refuse_hopeless
+from sdfp_vllm.fit.rollout import Continuations, DraftRollout
+from sdfp_vllm.fit.rounded import fused_linears, usable_precisions
+from sdfp_vllm.fit.scores import with_rounding
 from sdfp_vllm.fit.search import MAX_TRIED, candidate_sizes, check_request
-from sdfp_vllm.fit.selectors import SELECTORS, Problem, Selector, check_selector, most_steps
+from sdfp_vllm.fit.selectors import SELECTORS, Problem, most_steps
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.head_file import pack_head
-from sdfp_vllm.pacing.record import Pacing
-from sdfp_vllm.plan import Bridges, DraftHead, LayerScore, Provenance, SkipPlan, default_plan_dir
-from sdfp_vllm.ray_cluster import RayOptions
+from sdfp_vllm.fit.texts import CHECKED, Texts, own_windows, write
+from sdfp_vllm.plan.bridge_file import pack_bridges
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
+from sdfp_vllm.plan.head_file import pack_head
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import Chances, DraftHead, LayerScore, Provenance, SkipPlan, StoredView
+from sdfp_vllm.plan.store import default_plan_dir, save_plan
+from sdfp_vllm.plan.view import BRANCHES, Precision
+from sdfp_vllm.rounding import copy_bytes
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer
 
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKPOINT = ".fisher-partial.pt"
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What the user can ask of the job; the defaults plan a 0.3B model on two CPU cores in about 100 s.
-
-    Attributes:
-        calibration, field: Source of calibration text (None: the built-in sample) and its text field.
-        sequences, length: Windows scored for the Fisher trace, and tokens in each.
-        text_sequences, prompt, new_tokens: Texts that the target writes to try drafts on, each
-            from a prompt of `prompt` calibration tokens.
-        layers, draft_tokens: Fix the number of kept layers or the draft length.
-        score_form: "trace" or "diagonal".
-        selector: How the keep set is chosen: "auto", "fit" or "gradient" (see `selectors.py`).
-        bridge: What stands in for skipped layers: "none", "bias", "affine", "low-rank", or "auto", the
-            one of them that is predicted to be fastest.
-        head: Tokens whose logits the draft computes: "full", their number, or "auto", restricted where that
-            is predicted to be faster.
-        ray: Score the layers on a Ray cluster; None scores them in this process.
-    """
-
-    calibration: str | None = None
-    field: str = "text"
-    sequences: int = 8
-    length: int = 256
-    text_sequences: int = 16  # from 16 rows on, a CPU's matrix product costs little more than at one
-    prompt: int = 64
-    new_tokens: int = 64
-    seed: int = 0
-    layers: int | None = None
-    draft_tokens: int | None = None
-    dtype: str = "auto"
-    score_form: str = "trace"
-    selector: Selector = "auto"
-    bridge: BridgeRequest = "none"
-    head: str = "auto"
-    resume: bool = False
-    ray: RayOptions | None = None
 
 
 def make_plan(
@@ -89,7 +53,7 @@ def make_plan(
     """Makes the plan of `model` and saves it.
 
     Interrupted, it leaves no plan, only the finished part of the Fisher scores in the output
-    folder, from which `resume` goes on.
+    folder, from which `resume` goes on. Interrupted in the check at its end, it leaves the plan without a check.
 
     Args:
         model: A folder or a Hugging Face id.
@@ -101,67 +65,63 @@ def make_plan(
         SdfpError: On any request that cannot be met, before the model is loaded where possible.
     """
     options = PlanOptions(**requests)
-    _check(options)
+    options.check()
     model_dir = resolve_model_dir(model)
     identity = fingerprint(model_dir)
     check_request(identity.num_layers, options.layers, options.draft_tokens)
     check_head(options.head, identity.vocab_size)
     folder = _writable(out or default_plan_dir(identity))
-    tokenizer = load_tokenizer(model_dir)
-    # Text first: its errors are the user's to mend, and loading the weights may take minutes.
-    calibration = _calibration(options, tokenizer, options.sequences, options.length, options.seed)
-    # Drafts are tried on other text than the layers were scored on.
-    count = options.text_sequences * (1 + _confirms(options) + (options.bridge != "none"))
-    prompts = _calibration(options, tokenizer, count, options.prompt, options.seed + 1)
+    # Text first: its errors are the user's to correct, and loading the weights may take minutes.
+    texts = Texts.read(options, load_tokenizer(model_dir))
+    corpus = texts.corpus() if options.ray or options.score_text == "corpus" else None
     with stages(console) as bar:
         # First, so that this process and a worker on this machine never hold the model at once.
-        sums = _sums_on_ray(model, calibration.ids, identity, folder, options, bar) if options.ray else None
+        sums = _sums_on_ray(model, corpus, identity, folder, options, bar) if options.ray else None
         with bar.step("Loading the model", 1):
             transformers.utils.logging.disable_progress_bar()  # ours shows the stages
-            stack = DecoderStack(load_target(model_dir, _DTYPES[options.dtype], _device(options)))
-        scores = (
-            layer_scores(stack, sums)
-            if sums
-            else _scores(stack, calibration.ids, identity, folder, options, bar)
-        )
-        chosen, pacing = _choose(stack, prompts.ids, scores, tokenizer, identity.vocab_size, options, bar)
-    found = chosen.found
-    choice, fitted = found.choice, found.fitted
-    described: Literal["none"] | Bridges = "none"
-    tensors = None
-    if fitted.runs:
-        described, tensors = pack_bridges(fitted.runs, fitted.bridges)
-    head: Literal["full"] | DraftHead = "full"
-    head_tokens = None
-    if chosen.tokens is not None:
-        head, head_tokens = pack_head(chosen.tokens, chosen.coverage)
-    plan = SkipPlan(
-        model=model,
-        fingerprint=identity,
-        kept_layers=list(choice.keep.layers),
-        kept_attention=list(choice.keep.attention),
-        kept_mlp=list(choice.keep.mlp),
-        num_speculative_tokens=choice.draft_tokens,
-        draft_tokens_by_batch=choice.by_batch,
-        worthwhile=choice.worthwhile,
-        prediction=choice.prediction,
-        scores=scores,
-        curve=choice.curve,
-        cost=found.cost_model(),
-        pacing=pacing,
-        bridges=described,
-        head=head,
-        made=_provenance(calibration, options),
-    )
-    plan.save(folder, tensors, head_tokens)
-    (folder / _CHECKPOINT).unlink(missing_ok=True)
+            stack = DecoderStack(load_target(model_dir, DTYPES[options.dtype], options.device))
+        costs = _costs(stack, model_dir, options, bar)
+        with bar.step("Target's own text", options.new_tokens) as advance:
+            tried, checked = _parted(texts.ask(stack), options)
+            text = write(stack, tried, options.new_tokens, advance)
+        ids = own_windows(text, options.sequences) if corpus is None else corpus
+        scores = layer_scores(stack, sums) if sums else _scores(stack, ids, identity, folder, options, bar)
+        scores = with_rounding(stack, scores, costs.precisions)
+        memory = _memory(stack, costs, options)
+        chosen, chances = _choose(stack, text, scores, costs, memory, texts, options, bar)
+        plan, tensors, head_tokens = _plan(model, identity, chosen, chances, scores, memory, texts, ids)
+        del stack, text  # the engines of the check need the room
+        save_plan(plan, folder, tensors, head_tokens)
+        (folder / _CHECKPOINT).unlink(missing_ok=True)
+        if options.run_check:
+            plan = with_check(plan, model_dir, folder, [p.tolist() for p in checked], options.eager, bar)
+            save_plan(plan, folder, tensors, head_tokens)
     return plan
 
 
-def _calibration(options: PlanOptions, tokenizer, sequences: int, length: int, seed: int) -> Calibration:
-    return load_calibration(
-        options.calibration, tokenizer, sequences=sequences, length=length, seed=seed, field=options.field
-    )
+def _parted(prompts: list[Tensor], options: PlanOptions) -> tuple[list[Tensor], list[Tensor]]:
+    """Prompts to try drafts on, and those for the check."""
+    return prompts[: options.texts], prompts[options.texts :][:CHECKED] or prompts[:CHECKED]
+
+
+def _costs(stack: DecoderStack, model_dir: Path, options: PlanOptions, bar: Stages) -> Costs:
+    """Times of this machine: the kernels', and what the engine adds to them."""
+    with bar.step("Costs on this machine", 1):
+        weights = [
+            w
+            for b in (stack.layers[0].self_attn, stack.layers[0].mlp)
+            for w in fused_linears(b)  # type: ignore[arg-type]
+        ]
+        dtype = next(stack.head.parameters()).dtype
+        precisions = usable_precisions(weights, dtype, options.precision)
+        rows = (options.draft_tokens or MAX_TRIED) + 1
+        costs = measure_costs(stack, precisions=precisions, max_rows=rows)
+    if options.precision == "auto" and not options.anyway:
+        refuse_hopeless(stack, costs)
+    if options.run_check:
+        with bar.step("What the engine adds", 1):
+            costs = overheads_of(costs, model_dir, options.eager)
+    return costs
 
 
 def _scores(
@@ -179,65 +139,94 @@ def _scores(
 
 
 def _sums_on_ray(
-    model: str, ids: Tensor, identity: Fingerprint, folder: Path, options: PlanOptions, bar: Stages
+    model: str,
+    ids: Tensor | None,
+    identity: Fingerprint,
+    folder: Path,
+    options: PlanOptions,
+    bar: Stages,
 ) -> FisherSums:
     from sdfp_vllm.fit.ray_fisher import FisherJob, ray_fisher_sums
 
-    assert options.ray is not None
+    assert options.ray is not None and ids is not None
     if Path(model).is_dir():  # workers have other working directories; a hub id is resolved on each node
         model = str(Path(model).resolve())
-    job = FisherJob(model, identity, ids, _DTYPES[options.dtype], f"{identity.sha256} {options.seed}")
+    job = FisherJob(model, identity, ids, DTYPES[options.dtype], f"{identity.sha256} {options.seed}")
     with bar.step("Fisher traces (starting Ray)", len(ids)) as advance:
         return ray_fisher_sums(
             job, options.ray, checkpoint=folder / _CHECKPOINT, resume=options.resume, advance=advance
         )
 
 
+def _memory(stack: DecoderStack, costs: Costs, options: PlanOptions) -> Memory:
+    """What rounded copies take, and may."""
+    dtype = next(stack.head.parameters()).dtype
+    branches: dict[tuple[str, Precision], int] = {}
+    layer: Any = stack.layers[0]
+    for branch, module in zip(BRANCHES, (layer.self_attn, layer.mlp), strict=True):
+        for p in costs.precisions:
+            shapes = [w.shape for w in fused_linears(module)] if stack.can_round(branch) else []
+            branches[branch, p] = sum(copy_bytes(n, k, p, dtype) for n, k in shapes)
+    n, k = next(stack.head.parameters()).shape
+    model_bytes = sum(p.numel() * p.element_size() for p in stack.model.parameters())
+    head = {p: copy_bytes(n, k, p, dtype) for p in costs.head}
+    return Memory(parse_memory(options.extra_memory, model_bytes), branches, head)
+
+
 def _choose(
     stack: DecoderStack,
-    prompts: Tensor,
+    text: Continuations,
     scores: list[LayerScore],
-    tokenizer: Any,
-    vocab_size: int,
+    costs: Costs,
+    memory: Memory,
+    texts: Texts,
     options: PlanOptions,
     bar: Stages,
-) -> tuple[RestrictedChoice, Pacing]:
-    with bar.step("Target's own text", options.new_tokens) as advance:
-        text = greedy_continuations(stack, prompts, options.new_tokens, advance)
-    with bar.step("Costs on this machine", 1):
-        cost = measure_cost(stack, max_rows=(options.draft_tokens or MAX_TRIED) + 1)
+) -> tuple[HeadChoice, Chances]:
+    vocab_size, hidden_size = next(stack.head.parameters()).shape
+    precisions = _asked(costs, options)
     sizes = 1 if options.layers else len(candidate_sizes(stack.num_layers))
-    steps = most_steps(options.selector, stack.num_layers, options.layers) + sizes * len(
-        VARIANTS[options.bridge]
-    )
+    steps = most_steps(options.selector, stack.num_layers, options.layers, len(precisions))
+    steps += sizes * len(VARIANTS[options.bridge])
     # Bridges are judged on the same text as keep sets without, and fitted on the rest.
     tried, rest = text.split(options.text_sequences)
     held = None
-    if _confirms(options):
+    if options.confirms:
         assert rest is not None
         held, rest = rest.split(options.text_sequences)
+    # The head is read whole for each draft: at the lowest precision there is, unless nothing is to be rounded.
+    head_precision: Precision = "full"
+    if len(precisions) > 1 and memory.admits(KeepSet(), "int8"):
+        head_precision = min(costs.head, key=lambda p: costs.head[p][0])
+    head = RolledHead(stack, None, head_precision) if head_precision != "full" else None
+    allowed, dtype = memory, next(stack.head.parameters()).dtype
+    if head is not None:
+        costs = costs.model_copy(update={"draft_head": costs.head[head_precision]})
+        memory = memory.less(memory.head[head_precision])
     with bar.step("Trying drafts", steps) as advance:
 
         def news(line: str) -> None:
             advance(1, f"Trying drafts ({line})")
 
-        rollout = DraftRollout(stack, tried)
+        rollout = DraftRollout(stack, tried, head)
         problem = Problem(
             rollout,
-            DraftRollout(stack, held) if held else None,
+            DraftRollout(stack, held, head) if held else None,
             scores,
-            cost,
+            costs,
             form=options.score_form,
             layers=options.layers,
             draft_tokens=options.draft_tokens,
             advance=news,
+            precisions=precisions,
+            memory=memory,
         )
         found = search_bridged(
             options.bridge,
             rollout,
             rest,
             scores,
-            cost,
+            costs,
             unbridged=lambda: SELECTORS[options.selector](problem),
             form=options.score_form,
             layers=options.layers,
@@ -245,71 +234,89 @@ def _choose(
             advance=news,
         )
     with bar.step("Draft head", 1) as advance:
+        own = (rest or held or tried).written()
         chosen = search_head(
             check_head(options.head, vocab_size),
             found,
             rollout,
-            lambda: _ranking(stack, rest or held, tokenizer, vocab_size, options),
+            lambda: rank_tokens(texts.frequencies(own, vocab_size), always=texts.tokenizer.all_special_ids),
             vocab_size,
             draft_tokens=options.draft_tokens,
             news=lambda line: advance(0, f"Draft head ({line})"),
+            precision=head_precision,
+            admits=lambda view, tokens, precision: allowed.admits_bytes(
+                allowed.of(view) + head_bytes(tokens, hidden_size, precision, dtype)
+            ),
         )
     with bar.step("Confidence of the drafts", 1):
-        found = chosen.found
-        pacing = measure_pacing(
+        chances = measure_chances(
             rollout,
-            found.choice.keep,
-            found.cost,
+            chosen.found.choice.keep,
             options.draft_tokens or MAX_TRIED,
-            bridges=found.fitted.bridges,
-            tokens=chosen.tokens,
+            bridges=chosen.found.fitted.bridges,
+            head=chosen.rolled(stack),
         )
-    return chosen, pacing
+    return chosen, chances
 
 
-def _ranking(
-    stack: DecoderStack, own: Continuations | None, tokenizer: Any, vocab_size: int, options: PlanOptions
-) -> Tensor:
-    """Token ids by frequency in the calibration source and in text of the target, int64 [vocab_size].
-
-    Neither holds the prompts that heads are tried on, or their continuations. `own` is such text, the held-out
-    one included; None has the target write it.
-    """
-    n = options.text_sequences
-    if own is None:
-        try:
-            prompts = _calibration(options, tokenizer, 2 * n, options.prompt, options.seed + 1).ids[n:]
-            own = greedy_continuations(stack, prompts, options.new_tokens)
-        except SdfpError:  # a short source has no more prompts: what it holds is counted all the same
-            pass
-    counts = [
-        count_tokens(
-            options.calibration,
-            tokenizer,
-            vocab_size=vocab_size,
-            after=2 * n,
-            length=options.prompt,
-            seed=options.seed + 1,
-            field=options.field,
-        )
-    ]
-    if own is not None:
-        counts.append(torch.bincount(own.written().cpu(), minlength=vocab_size)[:vocab_size])
-    return rank_tokens(counts, always=tokenizer.all_special_ids)
+def _asked(costs: Costs, options: PlanOptions) -> tuple[Precision, ...]:
+    """What branches may run at."""
+    if options.precision == "full" or options.bridge not in ("none", "auto"):
+        return ("full",)  # bridges are fitted over layers at full precision
+    if options.precision == "auto":
+        return tuple(costs.precisions)
+    return ("full", options.precision)  # type: ignore[return-value]
 
 
-def _confirms(options: PlanOptions) -> bool:
-    """Whether the selector confirms on text of its own what it finds."""
-    return options.selector == "auto" and None in VARIANTS[options.bridge]
-
-
-def _check(options: PlanOptions) -> None:
-    if options.dtype not in _DTYPES:
-        raise SdfpError("--dtype", f"{options.dtype!r} is not known", f"Use one of {', '.join(_DTYPES)}.")
-    if options.score_form not in ("trace", "diagonal"):
-        raise SdfpError("--score-form", f"{options.score_form!r} is not known", "Use trace or diagonal.")
-    check_bridge(options.bridge)
-    check_selector(options.selector)
+def _plan(
+    model: str,
+    identity: Fingerprint,
+    chosen: HeadChoice,
+    chances: Chances,
+    scores: list[LayerScore],
+    memory: Memory,
+    texts: Texts,
+    ids: Tensor,
+) -> tuple[SkipPlan, bytes | None, bytes | None]:
+    """The plan, and the contents of the files beside it."""
+    found, options = chosen.found, texts.options
+    choice, fitted = found.choice, found.fitted
+    bridges = tensors = head_tokens = None
+    if fitted.runs:
+        bridges, tensors = pack_bridges(fitted.runs, fitted.bridges)
+    head = DraftHead(precision=chosen.precision)
+    beside = memory.head.get(chosen.precision, 0)
+    if chosen.tokens is not None:
+        head, head_tokens = pack_head(chosen.tokens, chosen.coverage, chosen.precision)
+        dtype = getattr(torch, found.cost.dtype)
+        beside = head_bytes(len(chosen.tokens), identity.hidden_size, chosen.precision, dtype)
+    plan = SkipPlan(
+        model=model,
+        fingerprint=identity,
+        view=StoredView.of(choice.keep, identity.num_layers, bridges, head),
+        extra_bytes=memory.of(choice.keep) + beside,
+        num_speculative_tokens=choice.draft_tokens,
+        draft_tokens_by_batch=choice.by_batch,
+        worthwhile=choice.worthwhile,
+        prediction=choice.prediction,
+        scores=scores,
+        curve=choice.curve,
+        costs=found.costs(),
+        chances=chances,
+        made=Provenance(
+            calibration=texts.description,
+            calibration_tokens=ids.numel(),
+            score_text="corpus" if options.ray else options.score_text,
+            seed=options.seed,
+            selector=options.selector_name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            sdfp_version=__version__,
+            torch_version=torch.__version__,
+            transformers_version=transformers.__version__,
+            git_sha=git_sha(),
+        ),
+    )
+    return plan, tensors, head_tokens
 
 
 def _writable(folder: Path) -> Path:
@@ -326,30 +333,3 @@ def _writable(folder: Path) -> Path:
             "Choose another folder with -o.",
         ) from e
     return folder
-
-
-def _device(options: PlanOptions) -> str:
-    if options.ray and options.ray.gpus_per_worker > 1:
-        return "auto"  # too large for one GPU there, too large for one here
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _selector_name(options: PlanOptions) -> str:
-    """The selector, with the FIT score that it starts from."""
-    # Bridges by name are tried over FIT's keep sets alone.
-    name = options.selector if None in VARIANTS[options.bridge] else "fit"
-    return name if name == "gradient" else f"{name}-{options.score_form}"
-
-
-def _provenance(calibration: Calibration, options: PlanOptions) -> Provenance:
-    return Provenance(
-        calibration=calibration.description,
-        calibration_tokens=calibration.tokens,
-        seed=options.seed,
-        selector=_selector_name(options),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        sdfp_version=__version__,
-        torch_version=torch.__version__,
-        transformers_version=transformers.__version__,
-        git_sha=git_sha(),
-    )

@@ -17,14 +17,15 @@ The plan's prediction is over both texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sdfp_vllm.fit.cost import MeasuredCost
-from sdfp_vllm.fit.first_step import BRANCHES, FirstStep, gates_of
+from sdfp_vllm.fit.first_step import FirstStep, gates_of
+from sdfp_vllm.fit.memory import UNLIMITED, Memory
+from sdfp_vllm.fit.moves import merged, retuned, shifts, units, with_, without
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.search import (
@@ -36,16 +37,17 @@ from sdfp_vllm.fit.search import (
     could_win,
     draft_lengths,
 )
-from sdfp_vllm.keep import Branch, KeepSet
-from sdfp_vllm.plan import Candidate
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import Candidate
+from sdfp_vllm.plan.view import BRANCHES, DraftView, Mode, Precision, Unit
 
 MAX_ROLLOUTS = 24  # on the judging text, those of FIT's search not counted
+SCREENED = 24  # moves of a kind that are screened: those that FIT expects to cost least for what they save
 SCREENED_TEXTS = 4  # attention goes text by text, so few whole texts are quicker than a little of each
 _ADDED, _SWAPPED = 12, 12  # additions and swaps that are screened
 _CONTENDERS = 3  # starts that are compared on held-out text as well
 _TRIED = 4  # rolled out before a round gives up
-
-Unit = tuple[Branch, int]
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,22 @@ class LocalSearch:
         draft_tokens: Fixes the draft length.
         budget: Keep sets may cost at most what this many layers do; None for no bound.
         whole: Keep whole layers only.
+        precisions: What a branch may run at.
+        memory: What rounded copies may take.
+        worth: FIT's score of each choice for each branch, to screen the most promising moves only; None: all.
         advance: Called with a line of news after each rollout.
     """
 
     judging: DraftRollout
     held: DraftRollout
-    cost: MeasuredCost
+    cost: Costs
     draft_tokens: int | None = None
     budget: int | None = None
     whole: bool = False
     advance: Callable[[str], None] | None = None
+    precisions: Sequence[Precision] = ("full",)
+    memory: Memory = UNLIMITED
+    worth: Mapping[tuple[Unit, Mode], float] | None = None
 
     def improve(self, starts: Sequence[Trial], curve: Sequence[Candidate] = ()) -> Choice:
         """The best keep set found from the best of `starts` on; `curve`, with the sets taken on the way."""
@@ -123,37 +131,59 @@ class LocalSearch:
         lengths = draft_lengths(self.draft_tokens)
         both = [best_trial(t.keep, pooled(t.runs, h), self.cost, lengths) for t, h in path]
         seen = {t.keep for t in both}
-        curve = [c for c in tried if c.keep not in seen]
+        curve = [c for c in tried if c.view not in seen]
         curve += [candidate(t.keep, t.runs, self.cost) for t in both]
         curve.sort(key=lambda c: c.keep.size)
         return choice(both[-1], curve, self.cost, self.draft_tokens)
 
     # ------------------------------------------------------------ moves
-    def _moves(self, now: Trial, screen: FirstStep, tried: set[KeepSet]) -> list[KeepSet]:
+    def _moves(self, now: Trial, screen: FirstStep, tried: set[KeepSet]) -> list[DraftView]:
         """Untried neighbours of `now` that the screen expects to be faster, the best first."""
         keep, n = now.keep, self.cost.num_layers
         screen.center(keep)
-        fewer = self._possible((without(keep, u) for u in units(keep, n, kept=True, whole=self.whole)), now)
+        drops = (without(keep, u) for u in units(keep, n, kept=True, whole=self.whole))
+        fewer = self._promising(self._possible(drops, now), now)
+        tuned = self._promising(self._possible(retuned(keep, self.precisions), now), now)
         more = self._additions(now, screen)
-        moves = [m for m in [*fewer, *more, *shifts(keep, n)] if self._admits(m)]
+        moves = [m for m in [*fewer, *tuned, *more, *shifts(keep, n)] if self._admits(m)]
         moves += self._swaps(now, screen, fewer, more)
         expected = self._expected(now, screen)
         speed = {m: expected(m) for m in self._possible(moves, now) if m not in tried}
         return sorted((m for m in speed if speed[m] > now.speedup), key=lambda m: -speed[m])
 
+    def _promising(self, moves: list[DraftView], now: Trial) -> list[DraftView]:
+        """The SCREENED moves of which FIT expects the least harm for the time they save, or the most help for what they take."""
+        if self.worth is None or len(moves) <= SCREENED:
+            return moves
+        before, took = self._harm(now.keep), self.cost.layers_ms(now.keep, 1)
+        changes = {m: (self._harm(m) - before, took - self.cost.layers_ms(m, 1)) for m in moves}
+        quicker = sorted((m for m in moves if changes[m][1] > 0), key=lambda m: changes[m][0] / changes[m][1])
+        truer = sorted((m for m in moves if changes[m][1] < 0), key=lambda m: -changes[m][0] / changes[m][1])
+        return quicker[:SCREENED] + truer[: SCREENED // 2]
+
+    def _harm(self, view: KeepSet) -> float:
+        """FIT's score of all that `view` leaves out and rounds."""
+        assert self.worth is not None
+        choices = {
+            (b, i): c
+            for b in BRANCHES
+            for i, c in enumerate(DraftView.of(view).modes(b, self.cost.num_layers))
+        }
+        return sum(self.worth[unit, c] for unit, c in choices.items() if c != "full")
+
     def _swaps(
-        self, now: Trial, screen: FirstStep, fewer: Sequence[KeepSet], more: Sequence[KeepSet]
-    ) -> list[KeepSet]:
+        self, now: Trial, screen: FirstStep, fewer: Sequence[DraftView], more: Sequence[DraftView]
+    ) -> list[DraftView]:
         """One drop and one addition at once: those that promise most if what each does to the overlap adds up."""
-        promise: dict[KeepSet, float] = {}
+        promise: dict[DraftView, float] = {}
         for add in more:
             for drop in fewer:
-                both = _merge(now.keep, drop, add)
+                both = merged(now.keep, drop, add)
                 if self._admits(both):
                     promise[both] = screen.overlap(drop) + screen.overlap(add)
         return sorted(promise, key=lambda m: -promise[m])[:_SWAPPED]
 
-    def _additions(self, now: Trial, screen: FirstStep) -> list[KeepSet]:
+    def _additions(self, now: Trial, screen: FirstStep) -> list[DraftView]:
         """With the branches or layers added that would lower the divergence the most."""
         n = self.cost.num_layers
         absent = list(units(now.keep, n, kept=False, whole=self.whole))
@@ -179,53 +209,27 @@ class LocalSearch:
 
         return expected
 
-    def _possible(self, keeps: Iterable[KeepSet], now: Trial) -> list[KeepSet]:
+    def _is_target(self, view: DraftView) -> bool:
+        return view.size == self.cost.num_layers and not view.rounded
+
+    def _possible(self, keeps: Iterable[DraftView], now: Trial) -> list[DraftView]:
         """Those that are drafts and could beat `now`, each once."""
         return [
             k
             for k in dict.fromkeys(keeps)
-            if (k.layers or k.attention) and k.size < self.cost.num_layers and self._could_win(k, now)
+            if (k.layers or k.attention) and not self._is_target(k) and self._could_win(k, now)
         ]
 
     def _admits(self, keep: KeepSet) -> bool:
+        if not self.memory.admits(DraftView.of(keep)):
+            return False
         if self.budget is None:
             return True
-        return self.cost.forward_ms(keep, 1) <= self.cost.forward_ms(self.budget, 1) * (1 + 1e-9)
+        whole = self.cost.layers_ms(KeepSet.of(range(self.budget)), 1)
+        return self.cost.layers_ms(keep, 1) <= whole * (1 + 1e-9)
 
 
-def units(keep: KeepSet, num_layers: int, *, kept: bool, whole: bool) -> Iterator[tuple[Unit, ...]]:
-    """What can be dropped (`kept`) or added: layers, and unless `whole` single branches."""
-    for i in range(num_layers):
-        there: list[Unit] = [(b, i) for b in BRANCHES if (b in keep.branches(i)) == kept]
-        if len(there) == 2:
-            yield tuple(there)
-        if not whole:
-            yield from ((unit,) for unit in there)
-
-
-def without(keep: KeepSet, unit: Sequence[Unit]) -> KeepSet:
-    return _from(_units(keep) - set(unit))
-
-
-def with_(keep: KeepSet, unit: Sequence[Unit]) -> KeepSet:
-    return _from(_units(keep) | set(unit))
-
-
-def shifts(keep: KeepSet, num_layers: int) -> list[KeepSet]:
-    """Each kept layer, or lone branch, moved to the nearest layer on either side that is skipped."""
-    touched, moved = set(keep.touched()), []
-    for i in keep.touched():
-        mine: list[Unit] = [(b, i) for b in BRANCHES if b in keep.branches(i)]
-        for step in (-1, 1):
-            j = i + step
-            while j in touched:
-                j += step
-            if 0 <= j < num_layers:
-                moved.append(_from((_units(keep) - set(mine)) | {(b, j) for b, _ in mine}))
-    return moved
-
-
-def log_gain(trial: Trial, now: Trial, cost: MeasuredCost) -> tuple[float, float]:
+def log_gain(trial: Trial, now: Trial, cost: Costs) -> tuple[float, float]:
     """Log of the predicted speeds' ratio, and its standard error: a jackknife over the text's sequences.
 
     Both ran over the same text, so that most of its ups and downs cancel.
@@ -273,16 +277,3 @@ def _pooled(trial: Trial, held: AcceptedRuns) -> Trial:
 def _expected_tokens(acceptance: float, draft_tokens: int) -> float:
     """Tokens a round if every draft is accepted with the same chance (Leviathan et al. 2023, eq. 1)."""
     return sum(acceptance**j for j in range(draft_tokens + 1))
-
-
-def _units(keep: KeepSet) -> set[Unit]:
-    return {(b, i) for i in keep.touched() for b in keep.branches(i)}
-
-
-def _from(kept: set[Unit]) -> KeepSet:
-    return KeepSet.from_branches(*({i for b, i in kept if b == branch} for branch in BRANCHES))
-
-
-def _merge(keep: KeepSet, fewer: KeepSet, more: KeepSet) -> KeepSet:
-    """`fewer`'s drop and `more`'s addition, both at once."""
-    return _from(_units(fewer) | (_units(more) - _units(keep)))

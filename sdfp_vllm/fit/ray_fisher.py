@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.fit.fisher import fisher_sums
 from sdfp_vllm.fit.fisher_sums import Checkpoint, FisherSums, OrderedSums, checkpoint_key
 from sdfp_vllm.fit.stack import DecoderStack, load_target
+from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.ray_cluster import RayOptions, layout, ray_cluster
 
 # A shard that has brought down this many workers would bring down the next as well.

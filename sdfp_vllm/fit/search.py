@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fit.cost import MeasuredCost
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.rounds import AcceptedRuns
-from sdfp_vllm.keep import KeepSet
-from sdfp_vllm.plan import MAX_DRAFT_TOKENS, Candidate, LayerScore, Prediction
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import MAX_DRAFT_TOKENS, Candidate, LayerScore, Prediction
+from sdfp_vllm.plan.view import DraftView
 
 # A first or last layer gives up its place only with less than this share of the median score.
 WIDE_MARGIN = 0.01
@@ -26,6 +27,7 @@ WIDE_MARGIN = 0.01
 WORTHWHILE = 1.02
 MAX_SIZES = 16
 MAX_TRIED = 8  # draft tokens a round, unless the user fixes the number
+LUCK = 0.03  # by which a smaller view may be accepted more often than a larger one, on little text
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -66,7 +68,7 @@ class Trial:
     speedup: float
 
 
-def best_trial(keep: KeepSet, runs: AcceptedRuns, cost: MeasuredCost, lengths: Sequence[int]) -> Trial:
+def best_trial(keep: KeepSet, runs: AcceptedRuns, cost: Costs, lengths: Sequence[int]) -> Trial:
     """Judges a rollout at each of `lengths` that it reached (the first of them always)."""
     reached = [k for k in lengths if k <= runs.steps]
     gains = {k: cost.speedup(keep, k, runs.rounds(k).mean_accepted_length) for k in reached}
@@ -115,7 +117,7 @@ def candidate_sizes(num_layers: int, most: int = MAX_SIZES) -> list[int]:
 def search(
     rollout: DraftRollout,
     scores: Sequence[LayerScore],
-    cost: MeasuredCost,
+    cost: Costs,
     *,
     form: str = "trace",
     layers: int | None = None,
@@ -146,7 +148,7 @@ def search_above(
     beat: float,
     rollout: DraftRollout,
     scores: Sequence[LayerScore],
-    cost: MeasuredCost,
+    cost: Costs,
     *,
     form: str = "trace",
     layers: int | None = None,
@@ -174,7 +176,7 @@ def search_family(
     beat: float,
     family: Sequence[KeepSet | list[int]],
     rollout: DraftRollout,
-    cost: MeasuredCost,
+    cost: Costs,
     *,
     draft_tokens: int | None = None,
     advance: Callable[[str], None] | None = None,
@@ -189,7 +191,7 @@ def roll_out(
     beat: float,
     family: Sequence[KeepSet | list[int]],
     rollout: DraftRollout,
-    cost: MeasuredCost,
+    cost: Costs,
     *,
     draft_tokens: int | None = None,
     advance: Callable[[str], None] | None = None,
@@ -216,7 +218,50 @@ def roll_out(
     return trials, curve
 
 
-def choice(best: Trial, curve: list[Candidate], cost: MeasuredCost, draft_tokens: int | None) -> Choice:
+def roll_out_chains(
+    chains: Sequence[Sequence[KeepSet]],
+    rollout: DraftRollout,
+    cost: Costs,
+    *,
+    draft_tokens: int | None = None,
+    advance: Callable[[str], None] | None = None,
+) -> tuple[list[Trial], list[Candidate]]:
+    """As `roll_out`, over chains of views of which each has less than the one before.
+
+    Less is accepted no more often, so what the last one came to bounds those behind it: one that would not be
+    fastest even with that acceptance (and a little more, for luck) is left out.
+    """
+    trials: list[Trial] = []
+    curve: list[Candidate] = []
+    lengths, seen = draft_lengths(draft_tokens), set()
+    for chain in chains:
+        rates: list[float] = [1.0]
+        for view in chain:
+            bar = max((t.speedup for t in trials), default=0.0)
+            if view in seen or _ceiling(view, rates, cost, lengths) <= bar:
+                continue
+            seen.add(view)
+            tried, points = roll_out(bar, [view], rollout, cost, draft_tokens=draft_tokens)
+            trials, curve = trials + tried, curve + points
+            rates = points[0].acceptance if points else rates
+            if advance:
+                best = max(trials, key=lambda t: t.speedup)
+                advance(f"{best.keep.size:g} layers x {best.draft_tokens} tokens: {best.speedup:.2f}x")
+    return trials, curve
+
+
+def _ceiling(view: KeepSet, rates: Sequence[float], cost: Costs, lengths: Sequence[int]) -> float:
+    """The speedup of `view` if its drafts were accepted at `rates`, the last of them going on, and LUCK more."""
+    reached, tokens, best = 1.0, 1.0, 0.0
+    for k in range(1, max(lengths) + 1):
+        reached *= min(1.0, rates[min(k, len(rates)) - 1] + LUCK)
+        tokens += reached
+        if k in lengths:
+            best = max(best, cost.speedup(view, k, tokens))
+    return best
+
+
+def choice(best: Trial, curve: list[Candidate], cost: Costs, draft_tokens: int | None) -> Choice:
     """The search's result once `best` has won; `draft_tokens` as the user fixed it."""
     rounds = best.runs.rounds(best.draft_tokens)
     return Choice(
@@ -248,9 +293,7 @@ def check_request(num_layers: int, layers: int | None, draft_tokens: int | None)
         raise SdfpError("--draft-tokens", f"{draft_tokens} a round", f"Draft 1 to {MAX_DRAFT_TOKENS} tokens.")
 
 
-def could_win(
-    cost: MeasuredCost, keep: KeepSet, lengths: list[int], bar: float
-) -> Callable[[AcceptedRuns], bool]:
+def could_win(cost: Costs, keep: KeepSet, lengths: list[int], bar: float) -> Callable[[AcceptedRuns], bool]:
     """Whether drafts longer than those run so far could still beat `bar`, were all of them accepted."""
 
     def proceed(runs: AcceptedRuns) -> bool:
@@ -270,19 +313,18 @@ def could_win(
     return proceed
 
 
-def candidate(keep: KeepSet, runs: AcceptedRuns, cost: MeasuredCost) -> Candidate:
+def candidate(keep: KeepSet, runs: AcceptedRuns, cost: Costs) -> Candidate:
     """A keep set's point on the plan's curve."""
     lengths = [runs.rounds(k).mean_accepted_length for k in range(1, runs.steps + 1)]
     return Candidate(
-        kept_layers=list(keep.layers),
-        kept_attention=list(keep.attention),
-        kept_mlp=list(keep.mlp),
+        attention=DraftView.of(keep).modes("attention", cost.num_layers),
+        mlp=DraftView.of(keep).modes("mlp", cost.num_layers),
         acceptance=runs.rounds(runs.steps).acceptance,
         speedup=[1.0, *(cost.speedup(keep, k, length) for k, length in enumerate(lengths, 1))],
     )
 
 
-def _by_batch(best: Trial, cost: MeasuredCost) -> list[tuple[int, int]]:
+def _by_batch(best: Trial, cost: Costs) -> list[tuple[int, int]]:
     """Every row of a batch costs verification, so drafts shorten as it grows; never above the best length."""
     longest = best.draft_tokens
     tokens = [1.0] + [best.runs.rounds(k).mean_accepted_length for k in range(1, longest + 1)]

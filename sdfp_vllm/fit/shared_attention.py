@@ -22,10 +22,14 @@ _ATTENTION = "sdfp_rollout"
 
 @dataclass
 class FullPass:
-    """Full pass over one sequence: ordinary causal attention, K and V of every layer kept."""
+    """Full pass over one sequence: ordinary causal attention, K and V of every layer kept.
 
-    keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [Hkv, T, D]
+    `begin` is the position of its first token, where it was padded on the left: padding has no K/V here.
+    """
+
+    keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [Hkv, T - begin, D]
     values: dict[int, Tensor] = field(default_factory=dict)
+    begin: int = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window, softcap) -> Tensor:
         self.keys[layer], self.values[layer] = k[0], v[0]
@@ -68,10 +72,11 @@ class DraftRows:
 
     def _attend_one(self, n, layer, rows, q, own_k, own_v, scaling, window, softcap) -> Tensor:
         """Attention of one sequence's rows: over its full-model K/V below start, then over the own chain."""
-        past_k, past_v = self.full[n].keys[layer], self.full[n].values[layer]
+        full = self.full[n]
+        past_k, past_v = full.keys[layer], full.values[layer]
         q, own_k, own_v, start = q[:, rows], own_k[:, rows], own_v[:, rows], self.start[rows, None]
         step = own_k.shape[2] - 1
-        past = torch.arange(past_k.shape[1], device=q.device)
+        past = torch.arange(full.begin, full.begin + past_k.shape[1], device=q.device)
         back = torch.arange(step, -1, -1, device=q.device).expand(len(start), -1)  # distance to own keys
         seen = torch.cat(
             [(past < start) & _within(start + step - past, window), _within(back, window)], dim=1

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.keep import SUBLAYER_ARCHITECTURES, Branch, KeepSet
+from sdfp_vllm.fit.rounded import rounded_copy
+from sdfp_vllm.plan.keep import SUBLAYER_ARCHITECTURES, Branch, KeepSet
+from sdfp_vllm.plan.view import Precision
 
 # Children of a layer -> the residual branch each belongs to. A norm belongs to the branch it
 # feeds or closes, so `post_attention_layernorm` is the MLP's in Llama and attention's in Gemma.
@@ -99,6 +101,10 @@ class DecoderStack:
         self.norm: nn.Module = norm
         self.head: nn.Module = head
         self._branches = [self._split(i) for i in range(len(layers))]
+        self._rounded: dict[tuple[int, Branch, Precision], nn.Module] = {}
+        self._linear = {
+            b: all(_is_linear(getattr(layer, name)) for layer in layers) for b, name in _LAST.items()
+        }
         parameters = [id(p) for i in range(len(layers)) for _, p in self.layer_parameters(i)]
         if len(parameters) != len(set(parameters)):
             raise self._unsupported("its layers share parameters")
@@ -128,6 +134,17 @@ class DecoderStack:
         """Whether the engine can run one branch of a layer without the other."""
         return type(self.model).__name__ in SUBLAYER_ARCHITECTURES
 
+    def can_round(self, branch: Branch) -> bool:
+        """Whether a branch's weights are linears in every layer, which have rounded copies; experts have none."""
+        return self._linear[branch]
+
+    def rounded(self, i: int, branch: Branch, precision: Precision) -> nn.Module:
+        """Layer i's attention or MLP on weights rounded to `precision`, as the engine runs it; made once."""
+        key = (i, branch, precision)
+        if key not in self._rounded:
+            self._rounded[key] = rounded_copy(getattr(self.layers[i], _LAST[branch]), precision)
+        return self._rounded[key]
+
     def branch_end(self, i: int, branch: Branch) -> nn.Module:
         """The module of layer i whose output (the first, if a tuple) is that branch's share of the residual."""
         layer = self.layers[i]
@@ -140,11 +157,12 @@ class DecoderStack:
 
         Skipped layers are replaced in place by the identity, so every kept layer keeps its
         index and with it its K/V cache slot, mask (sliding or full) and rotary embedding. A layer of
-        which one branch is kept is its own forward with the other branch adding nothing.
+        which one branch is kept is its own forward with the other branch adding nothing, and what a view
+        rounds runs on rounded copies of its weights.
         Not re-entrant and not thread-safe: the model is changed while open.
 
         Args:
-            keep: A keep set, or the layers that are kept whole, ascending, without repeats; may be empty.
+            keep: A keep set, a view, or the layers that are kept whole, ascending, without repeats; may be empty.
 
         Raises:
             SdfpError: If `keep` is not that.
@@ -154,24 +172,26 @@ class DecoderStack:
             raise SdfpError("keep", problem, f"Name layers 0 to {self.num_layers - 1}.")
         skip = _Skip()
         self._inner.layers = nn.ModuleList(
-            self._part(i, branches) if (branches := keep.branches(i)) else skip
-            for i in range(self.num_layers)
+            self._part(i, keep) if keep.branches(i) else skip for i in range(self.num_layers)
         )
         try:
             yield self.model
         finally:
             self._inner.layers = self.layers
 
-    def _part(self, i: int, branches: frozenset[Branch]) -> nn.Module:
-        """Layer i, or a copy that shares its parameters and runs only `branches`."""
-        layer = self.layers[i]
-        if len(branches) == 2:
+    def _part(self, i: int, keep: KeepSet) -> nn.Module:
+        """Layer i, or a copy that shares its parameters and runs what `keep` has of it."""
+        layer, runs = self.layers[i], keep.branches(i)
+        changed: dict[str, nn.Module] = {}
+        for branch, left_out in (("attention", _NoAttention), ("mlp", _NoMlp)):
+            if branch not in runs:
+                changed[_LAST[branch]] = left_out()
+            elif (precision := keep.precision(i, branch)) != "full":
+                changed[_LAST[branch]] = self.rounded(i, branch, precision)
+        if not changed:
             return layer
         part = copy.copy(layer)
-        left_out: dict[str, nn.Module] = (
-            {"mlp": _NoMlp()} if "attention" in branches else {"self_attn": _NoAttention()}
-        )
-        part._modules = {**layer._modules, **left_out}
+        part._modules = {**layer._modules, **changed}
         return part
 
     def logits(self, input_ids: Tensor, keep: KeepSet | Iterable[int] | None = None) -> Tensor:
@@ -214,6 +234,12 @@ class DecoderStack:
             f"not a uniform stack of attention + MLP decoder layers ({why})",
             "Use a causal LM of the Llama, Mistral, Qwen2, Qwen3, Gemma3 (text), Mixtral or Qwen3-MoE family.",
         )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether all but a trifle of its weights are linears'."""
+    linears = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return linears > 0.9 * sum(p.numel() for p in module.parameters())
 
 
 def load_target(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.plan import PLAN_FILE
+from sdfp_vllm.plan.parcel import PLAN_FILE
 
 METHOD = "sdfp"
 _MARK = "_sdfp_patched"

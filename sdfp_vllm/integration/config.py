@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -14,8 +15,10 @@ from pydantic import Field, ValidationError
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.refusals import refuse_synthetic_on_cpu, refuse_unsupported
 from sdfp_vllm.integration.upstream import SpeculativeConfig, config, current_platform, init_logger
-from sdfp_vllm.keep import KeepSet
-from sdfp_vllm.plan import MAX_DRAFT_TOKENS, SkipPlan, find_plan
+from sdfp_vllm.plan.parcel import PlanParcel
+from sdfp_vllm.plan.schema import MAX_DRAFT_TOKENS, SkipPlan
+from sdfp_vllm.plan.store import find_plan
+from sdfp_vllm.plan.view import DraftView
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -35,6 +38,7 @@ SETTINGS = {
     "enforce_eager",
     "adaptive",
     "ngram",
+    "precision",
 }
 
 
@@ -51,16 +55,8 @@ class SdfpConfig(SpeculativeConfig):
     """vLLM's speculative config with a keep set instead of a second model."""
 
     method: Literal["sdfp"] = "sdfp"  # type: ignore[assignment]
-    kept_layers: list[int] = Field(default_factory=list)
-    """Decoder layers of the target that draft whole, ascending."""
-    kept_attention: list[int] = Field(default_factory=list)
-    """Decoder layers of which only attention drafts."""
-    kept_mlp: list[int] = Field(default_factory=list)
-    """Decoder layers of which only the MLP drafts."""
-    bridges_sha256: str = ""
-    """Hash of the bridge tensors beside the plan, which every worker reads there; empty for none."""
-    head_sha256: str = ""
-    """The same for the tokens of a restricted draft head; empty for the full one."""
+    parcel: Any = None
+    """The `PlanParcel`: the plan, its bridges and the tokens of its head. No worker opens a path."""
     pacing: dict[str, Any] | None = None
     """The plan's `Pacing`, where draft lengths follow the traffic; None where they are fixed."""
     ngram: bool = False
@@ -88,22 +84,26 @@ class SdfpConfig(SpeculativeConfig):
         return True
 
     @property
-    def keep(self) -> KeepSet:
-        return KeepSet(tuple(self.kept_layers), tuple(self.kept_attention), tuple(self.kept_mlp))
+    def plan(self) -> SkipPlan:
+        return self.parcel.plan
+
+    @property
+    def view(self) -> DraftView:
+        """What drafts, and at which precision."""
+        return self.plan.view.branches
 
     @property
     def max_num_new_slots_for_drafting(self) -> int:
         return 0  # no draft prefill: nothing is fed beyond what the target verifies
 
     def compute_hash(self) -> str:
-        """Adds keep set, bridges and head: vLLM keys compiled graphs by this, and others are another graph."""
-        factors = f"{super().compute_hash()} sdfp {self.keep} {self.bridges_sha256} {self.head_sha256}"
+        """Adds the view, bridges and head included: vLLM keys compiled graphs by this, and others are another graph."""
+        factors = f"{super().compute_hash()} sdfp {self.plan.view.model_dump_json()}"
         return hashlib.sha256(factors.encode()).hexdigest()
 
     def __repr__(self) -> str:
         return (
-            f"SdfpConfig(plan={self.model!r}, kept_layers={self.kept_layers}, "
-            f"kept_attention={self.kept_attention}, kept_mlp={self.kept_mlp}, "
+            f"SdfpConfig(plan={self.model!r}, view='{self.view}', "
             f"num_speculative_tokens={self.num_speculative_tokens})"
         )
 
@@ -130,20 +130,25 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     asked = settings.get("model")
     if asked is not None and not isinstance(asked, str):
         raise SdfpError("speculative_config['model']", f"is {asked!r}", 'Give a plan folder, or "sdfp".')
-    plan, folder = find_plan(model_config.model, asked, model_config.revision)
-    path = str(folder)
+    parcel = at_precision(
+        find_plan(model_config.model, asked, model_config.revision), settings.get("precision", "planned")
+    )
+    plan, path = parcel.plan, parcel.source
+    refuse_missing_kernels(plan, model_config)
     k = draft_tokens(plan, settings.get("num_speculative_tokens"))
     adaptive, ngram = drafting_mode(plan, settings)
     if not plan.worthwhile:
         logger.warning(
-            "The plan %s predicts no gain over plain decoding (%.2fx). Serving goes on with it as asked.",
+            "The plan %s promises no gain over plain decoding on the machine that made it (%.2fx). Serving goes on "
+            "with it as asked.",
             path,
-            plan.prediction.speedup,
+            plan.promised_speedup,
         )
     # A model that drafts with itself has a full distribution to sample from, and sampling from it
     # is accepted more often than its argmax; greedy requests are not affected.
     passed = {"draft_sample_method": "probabilistic", **settings, "ngram": ngram}
-    passed.pop("adaptive", None)
+    for ours in ("adaptive", "precision"):
+        passed.pop(ours, None)
     if not set(FIXED_LENGTHS) & set(settings):
         passed["num_speculative_tokens_per_batch_size"] = batch_table(plan, always=adaptive)
         if adaptive and current_platform.is_cpu():
@@ -152,11 +157,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     passed.update(method="sdfp", model=path, num_speculative_tokens=k)
     try:
         return SdfpConfig(
-            kept_layers=list(plan.kept_layers),
-            kept_attention=list(plan.kept_attention),
-            kept_mlp=list(plan.kept_mlp),
-            bridges_sha256="" if plan.bridges == "none" else plan.bridges.sha256,
-            head_sha256="" if plan.head == "full" else plan.head.sha256,
+            parcel=parcel,
             step_rows=plan.pacing.padded_batches() if plan.pacing else [],
             pacing=plan.pacing.model_dump(mode="json") if adaptive and plan.pacing else None,
             target_model_config=model_config,
@@ -171,6 +172,39 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
             f"{first['msg']}, got {first['input']!r}",
             "Correct it, or leave it out.",
         ) from e
+
+
+def at_precision(parcel: PlanParcel, asked: Any) -> PlanParcel:
+    """The plan as it is ("planned"), or the same branches without rounded copies ("full").
+
+    Raises:
+        SdfpError: For anything else.
+    """
+    if asked not in ("planned", "full"):
+        raise SdfpError(
+            "speculative_config['precision']",
+            f"is {asked!r}",
+            'Give "planned", or "full" for drafts without rounded copies of weights.',
+        )
+    return parcel if asked == "planned" else replace(parcel, plan=parcel.plan.at_full_precision())
+
+
+def refuse_missing_kernels(plan: SkipPlan, model_config: Any) -> None:
+    """Raises SdfpError if this machine has no kernel for a precision that the plan's view uses."""
+    used = sorted({*plan.used_precisions(), plan.view.head.precision} - {"full"})
+    if not used:
+        return
+    from sdfp_vllm.integration.rounded_linear import refusal
+
+    hidden = plan.fingerprint.hidden_size
+    for precision in used:
+        if why := refusal(precision, model_config.dtype, hidden, hidden):  # type: ignore[arg-type]  # no "skip"
+            raise SdfpError(
+                f"plan {plan.model}: precision {precision}",
+                f"cannot run here: {why}",
+                "Make a plan on this machine with `sdfp plan MODEL`, or with `--precision full`; or serve this one "
+                'with {"precision": "full"} in speculative_config.',
+            )
 
 
 def drafting_mode(plan: SkipPlan, settings: dict[str, Any]) -> tuple[bool, bool]:
@@ -254,7 +288,8 @@ def draft_tokens(plan: SkipPlan, asked: Any) -> int:
         raise SdfpError(
             where, f"must be a whole number of at least 1, got {asked!r}", "Leave it out to use the plan's."
         )
-    known = max((len(c.acceptance) for c in plan.curve if c.keep == plan.keep), default=MAX_DRAFT_TOKENS)
+    view = plan.view.branches
+    known = max((len(c.acceptance) for c in plan.curve if c.view == view), default=MAX_DRAFT_TOKENS)
     if asked > known:
         raise SdfpError(
             where,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 _PRIMITIVES = 32  # row counts that a packed weight remembers its kernel for; vLLM's own setting
 
 
-def engine_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Returns what computes `linear`, without its bias, in vLLM on this machine: [M, in] -> [M, out].
+def engine_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns what computes the product with `weight` [N, K] in vLLM on this machine: [M, K] -> [M, N].
 
     Upstream symbols: `vllm._custom_ops.create_onednn_mm` and `onednn_mm` (checked on 0.32.0),
     which `dispatch_cpu_unquantized_gemm` picks for all but small half-precision weights; they
@@ -26,7 +26,6 @@ def engine_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     torch's own product where the weight is on another device, where vLLM has no such kernel, and, as
     vLLM does, where oneDNN has none for this CPU (half precision without AVX-512).
     """
-    weight = linear.weight
     if weight.device.type == "cpu" and (ops := _onednn()) is not None:
         with contextlib.suppress(RuntimeError):
             handler = ops.create_onednn_mm(weight.detach().t(), _PRIMITIVES)

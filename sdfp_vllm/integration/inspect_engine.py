@@ -46,6 +46,13 @@ def rounds_paced(llm: Any) -> Counter[tuple[int, int, int]]:
     return Counter(pacer.tally.rounds) if pacer else Counter()
 
 
+def allow_copies(llm: Any, allowed: bool) -> None:
+    """Lets an in-process paced engine copy drafts from the context, or not."""
+    pacer = getattr(_drafter(llm), "pacer", None)
+    if pacer is not None:
+        pacer.copies = allowed
+
+
 def _drafter(llm: Any) -> Any:
     worker = getattr(getattr(llm.llm_engine, "model_executor", None), "driver_worker", None)
     return getattr(getattr(getattr(worker, "worker", None), "model_runner", None), "drafter", None)

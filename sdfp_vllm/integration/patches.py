@@ -7,6 +7,7 @@ import sys
 from typing import Any, Literal
 
 from sdfp_vllm.integration import upstream
+from sdfp_vllm.integration.rounded_weights import round_while_loading
 
 _MARK = "_sdfp_patched"
 
@@ -17,6 +18,7 @@ def patch_engine() -> None:
     route_draft_model_proposer()
     route_init_speculator()
     pace_scheduler()
+    round_while_loading()
     mend_cpu_expand_kernel()
     mend_cpu_top_k_of_no_rows()
 

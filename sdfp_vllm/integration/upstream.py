@@ -12,7 +12,12 @@ TRIED_VERSIONS = "0.32.0"
 try:
     from vllm.compilation.backends import set_model_tag
     from vllm.compilation.decorators import support_torch_compile
-    from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
+    from vllm.config import (
+        CUDAGraphMode,
+        VllmConfig,
+        get_current_vllm_config_or_none,
+        get_layers_from_vllm_config,
+    )
     from vllm.config.speculative import SpeculativeConfig
     from vllm.config.utils import config
     from vllm.engine.arg_utils import EngineArgs
@@ -55,6 +60,7 @@ __all__ = [
     "config",
     "current_platform",
     "eagle_step_update_slot_mapping_and_metadata",
+    "get_current_vllm_config_or_none",
     "get_layers_from_vllm_config",
     "init_logger",
     "set_forward_context",

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from sdfp_vllm.bridge import Bridge
-from sdfp_vllm.errors import PlanError
-from sdfp_vllm.plan import BRIDGE_FILE, BridgeRun, Bridges, SkipPlan, load_plan
-from sdfp_vllm.tensor_file import pack_tensors, read_tensors
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.schema import BridgeRun, Bridges, SkipPlan
+from sdfp_vllm.plan.tensor_file import pack_tensors, unpack_tensors
 
 Run = tuple[int, int]  # first and last skipped layer
 
@@ -34,39 +33,21 @@ def pack_bridges(runs: Sequence[BridgeRun], bridges: Mapping[Run, Bridge]) -> tu
     return Bridges(kind=first.kind, rank=first.rank, runs=list(runs), sha256=sha256), content
 
 
-def load_bridges(folder: Path, plan: SkipPlan) -> dict[Run, Bridge]:
-    """Reads and checks the bridges that `plan`, read from `folder`, describes; float32 on the CPU.
+def unpack_bridges(plan: SkipPlan, content: bytes, path: Path) -> dict[Run, Bridge]:
+    """The bridges that `plan` describes, from their file's content; float32 on the CPU.
 
     Raises:
-        PlanError: If the file is missing, is not the one the plan was written with, or holds anything
-            but the tensors described: by name, shape, dtype, and all finite.
+        PlanError: If it holds anything but the tensors described: by name, shape, dtype, and all finite.
     """
-    if plan.bridges == "none":
-        return {}
-    shapes = _shapes(plan.bridges, plan.fingerprint.hidden_size)
-    found = read_tensors(folder / BRIDGE_FILE, shapes, torch.float32, plan.bridges.sha256, "bridges")
+    bridges = plan.view.bridges
+    assert bridges is not None
+    found = unpack_tensors(content, _shapes(bridges, plan.fingerprint.hidden_size), torch.float32, path)
     return {
         (r.first, r.last): Bridge(
-            **{name: found[_key((r.first, r.last), name)] for name in _TENSORS[plan.bridges.kind]}
+            **{name: found[_key((r.first, r.last), name)] for name in _TENSORS[bridges.kind]}
         )
-        for r in plan.bridges.runs
+        for r in bridges.runs
     }
-
-
-def bridges_at(path: str | Path, sha256: str) -> dict[Run, Bridge]:
-    """The bridges of the plan at `path`, which a worker reads for itself; none where `sha256` is empty.
-
-    Raises:
-        PlanError: If the plan or its tensors are no longer those with this hash.
-    """
-    if not sha256:
-        return {}
-    path = Path(path)
-    plan = load_plan(path)
-    folder = path if path.is_dir() else path.parent
-    if plan.bridges == "none" or plan.bridges.sha256 != sha256:
-        raise PlanError(str(path), "was replaced while the engine started", "Start the engine again.")
-    return load_bridges(folder, plan)
 
 
 def _shapes(bridges: Bridges, hidden: int) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Branch = Literal["attention", "mlp"]
 # Where a layer's branches are known to both sides: `input_layernorm` feeds attention,
@@ -21,7 +21,7 @@ SUBLAYER_ARCHITECTURES = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeepSet:
     """What is kept of a stack of decoder layers; the rest is an identity on the residual stream.
 
@@ -33,6 +33,16 @@ class KeepSet:
     layers: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
+
+    def _key(self) -> tuple[object, ...]:
+        return (self.layers, self.attention, self.mlp, ())
+
+    # A keep set is the view of the same branches at full precision (`DraftView`), and equal to it.
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, KeepSet) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     @classmethod
     def of(cls, keep: KeepSet | Iterable[int]) -> KeepSet:
@@ -63,6 +73,14 @@ class KeepSet:
             "mlp": whole or layer in self.mlp,
         }
         return frozenset(name for name, runs in kept.items() if runs)
+
+    def units(self) -> list[tuple[Branch, int]]:
+        """The branches that run, by layer."""
+        return [(b, i) for i in self.touched() for b in ("attention", "mlp") if b in self.branches(i)]
+
+    def precision(self, layer: int, branch: Branch) -> Any:
+        """At which precision a branch runs: a keep set alone is a view at full precision (`DraftView`)."""
+        return "full"
 
     def touched(self) -> list[int]:
         """Layers of which anything runs, ascending."""

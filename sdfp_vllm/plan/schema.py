@@ -1,35 +1,28 @@
-"""SkipPlan: the contract between the offline job, which writes it, and the runtime, which obeys it.
-
-A plan is a folder with `plan.json` and, where the plan has bridges, `bridges.safetensors`, and where its
-draft head is restricted, `head.safetensors`.
-Nothing in it is executable; loading it reads no file outside the folder.
-"""
+"""SkipPlan: what is stored in a plan, and what makes it consistent."""
 
 from __future__ import annotations
 
 import itertools
-import os
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sdfp_vllm.errors import PlanError
-from sdfp_vllm.fingerprint import Fingerprint, fingerprint, resolve_model_dir
-from sdfp_vllm.keep import SUBLAYER_ARCHITECTURES, KeepSet
-from sdfp_vllm.pacing.record import Pacing
-from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
+from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.fingerprint import Fingerprint
+from sdfp_vllm.plan.keep import SUBLAYER_ARCHITECTURES, KeepSet
+from sdfp_vllm.plan.view import BRANCHES, DraftView, Mode, Precision
 
-SCHEMA_VERSION = 2
-PLAN_FILE = "plan.json"
-BRIDGE_FILE = "bridges.safetensors"
-HEAD_FILE = "head.safetensors"
+SCHEMA_VERSION = 3
 MAX_DRAFT_TOKENS = 32
 MAX_BRIDGE_RANK = 64
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Layer = Annotated[int, Field(ge=0, strict=True)]
 DraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS, strict=True)]
 
@@ -44,13 +37,15 @@ class FitScore(_Strict):
     With the empirical Fisher diagonal F_j over N sequences and parameters theta_j:
     `fisher_trace` = sum_j F_j; `perturbation_variance` = mean_j theta_j^2 (removing a block
     perturbs theta by -theta); `trace_score` = fisher_trace * perturbation_variance;
-    `diagonal_score` = sum_j F_j * theta_j^2.
+    `diagonal_score` = sum_j F_j * theta_j^2. Rounding perturbs by q(theta) - theta instead:
+    `rounding_scores` holds fisher_trace * mean_j (q(theta_j) - theta_j)^2 by precision.
     """
 
     fisher_trace: NonNegative
     perturbation_variance: NonNegative
     trace_score: NonNegative
     diagonal_score: NonNegative
+    rounding_scores: dict[Precision, NonNegative] = {}
 
 
 class LayerScore(_Strict):
@@ -62,46 +57,26 @@ class LayerScore(_Strict):
     mlp: FitScore
 
 
-class CostModel(_Strict):
-    """Measured time of one decode step's parts at batch 1, in milliseconds.
-
-    `verify_ms[m - 1]` is the full model's forward over m rows (m - 1 draft tokens), head
-    included; one draft step costs `len(kept) * layer_ms + head_ms`, plus
-    `draft_overhead_ms`, bridges included; every round pays `round_overhead_ms` in plain decoding and in
-    drafting alike. A restricted draft head takes `draft_head_ms` in the place of `head_ms` (None: full).
-    A layer of which one branch runs costs `attention_ms` or `mlp_ms`, which add up to `layer_ms`.
-    """
-
-    layer_ms: NonNegative
-    attention_ms: NonNegative | None = None
-    mlp_ms: NonNegative | None = None
-    head_ms: NonNegative
-    draft_head_ms: NonNegative | None = None
-    verify_ms: list[NonNegative] = Field(min_length=1)
-    draft_overhead_ms: NonNegative
-    round_overhead_ms: NonNegative
-    device: str
-    dtype: str
-    threads: int = Field(ge=1)
-
-
 class Candidate(_Strict):
-    """One point of the searched curve: a keep set (as in the plan) and what it is predicted to give.
+    """One point of the searched curve: a view (as in the plan) and what it is predicted to give.
 
     `acceptance[j]` is the chance that draft token j is accepted given that all before it
     were; `speedup[k]` the predicted tokens per second over plain decoding's with k draft
     tokens a round (`speedup[0]` = 1).
     """
 
-    kept_layers: list[Layer]
-    kept_attention: list[Layer] = []
-    kept_mlp: list[Layer] = []
+    attention: list[Mode]
+    mlp: list[Mode]
     acceptance: list[Probability]
     speedup: list[NonNegative]
 
     @property
+    def view(self) -> DraftView:
+        return _view(tuple(self.attention), tuple(self.mlp))
+
+    @property
     def keep(self) -> KeepSet:
-        return KeepSet(tuple(self.kept_layers), tuple(self.kept_attention), tuple(self.kept_mlp))
+        return self.view.keep
 
 
 class Prediction(_Strict):
@@ -126,7 +101,7 @@ class BridgeRun(_Strict):
 
 
 class Bridges(_Strict):
-    """Bridges over runs of skipped layers (`sdfp_vllm/bridge.py` has the formulas).
+    """Bridges over runs of skipped layers (`plan/bridge.py` has the formulas).
 
     Their tensors lie in `bridges.safetensors` beside the plan, a name that no plan can change;
     `sha256` is that file's.
@@ -135,7 +110,7 @@ class Bridges(_Strict):
     kind: Literal["bias", "affine", "low-rank"]
     rank: Annotated[int, Field(ge=0, le=MAX_BRIDGE_RANK, strict=True)]
     runs: list[BridgeRun] = Field(min_length=1)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
 
     @model_validator(mode="after")
     def _rank_fits_kind(self) -> Bridges:
@@ -145,16 +120,83 @@ class Bridges(_Strict):
 
 
 class DraftHead(_Strict):
-    """A draft head that computes the logits of `tokens` ids only; the draft never proposes the others.
+    """The draft's head: over `tokens` ids only (None: all), which are then all it proposes, and at which precision.
 
     The ids lie in `head.safetensors` beside the plan, a name that no plan can change; `sha256` is that
     file's. `coverage` is the share of tokens in the target's own text that are among them, on text they
     were not chosen by.
     """
 
-    tokens: Annotated[int, Field(ge=1, strict=True)]
-    coverage: Probability
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
+    precision: Precision = "full"
+    coverage: Probability = 1.0
+    sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _file_fits_tokens(self) -> DraftHead:
+        if (self.tokens is None) != (self.sha256 is None):
+            raise ValueError("a head over some tokens has a file with a hash, one over all has none")
+        return self
+
+
+class StoredView(_Strict):
+    """What drafts: for each layer's attention and MLP whether it runs and at which precision; bridges; the head."""
+
+    attention: list[Mode] = Field(min_length=1)
+    mlp: list[Mode] = Field(min_length=1)
+    bridges: Bridges | None = None
+    head: DraftHead = DraftHead()
+
+    @classmethod
+    def of(
+        cls, view: KeepSet, num_layers: int, bridges: Bridges | None = None, head: DraftHead | None = None
+    ) -> StoredView:
+        """As it is stored for a model of `num_layers` layers."""
+        full = DraftView.of(view)
+        attention, mlp = (full.modes(branch, num_layers) for branch in BRANCHES)
+        return cls(attention=attention, mlp=mlp, bridges=bridges, head=head or DraftHead())
+
+    @property
+    def branches(self) -> DraftView:
+        """What runs, and how."""
+        return _view(tuple(self.attention), tuple(self.mlp))
+
+
+class Chances(_Strict):
+    """How often drafts are accepted, as tried on the target's own text.
+
+    Attributes:
+        acceptance: Chance that draft token j is accepted, given that all before it were.
+        confidence: Per bin of CONFIDENCE_EDGES, the chance that a draft of such confidence is accepted.
+    """
+
+    acceptance: list[Probability] = Field(min_length=1)
+    confidence: list[Probability] = Field(
+        min_length=len(CONFIDENCE_EDGES) + 1, max_length=len(CONFIDENCE_EDGES) + 1
+    )
+
+
+class Speeds(_Strict):
+    """Tokens per second on the same prompts, batch 1, decoding alone.
+
+    Attributes:
+        plain, drafted: Plain vLLM in the plan's dtype, and this plan with drafts of the model alone.
+        copies: This plan with copies from the context, as the engine drafts by default.
+        other: Plain vLLM in the checkpoint's own dtype, where that is another one; `other_dtype` names it.
+        acceptance_rate: Accepted over drafted tokens, without copies.
+        identical: How many of `prompts` answers equal plain vLLM's.
+    """
+
+    plain: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    drafted: NonNegative
+    copies: NonNegative
+    other: NonNegative | None = None
+    other_dtype: str | None = None
+    acceptance_rate: Probability
+    mean_accepted_length: NonNegative
+    prompts: int = Field(ge=1)
+    identical: int = Field(ge=0)
+    engine: Literal["eager", "compiled"]
 
 
 class Provenance(_Strict):
@@ -162,6 +204,7 @@ class Provenance(_Strict):
 
     calibration: str
     calibration_tokens: int = Field(ge=0)
+    score_text: Literal["own", "corpus"] = "corpus"
     seed: int
     selector: str
     created: str
@@ -172,30 +215,28 @@ class Provenance(_Strict):
 
 
 class SkipPlan(_Strict):
-    """Which decoder layers draft, how many tokens a round, and why.
+    """Which view of the target drafts, how many tokens a round, and why.
 
-    `kept_layers` run whole; of `kept_attention` and `kept_mlp` only that residual branch runs.
     `draft_tokens_by_batch` holds (largest batch size, draft length) pairs, ascending; the
     draft length for a batch larger than the last is that of the last. `worthwhile` is false
-    where no candidate beat plain decoding on the machine that made the plan.
+    where plain decoding was as fast on the machine that made the plan: measured, where `check` holds a
+    measurement, else predicted. `extra_bytes` is what rounded copies of weights take beside the model's.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: str
     fingerprint: Fingerprint
-    kept_layers: list[Layer]
-    kept_attention: list[Layer] = []
-    kept_mlp: list[Layer] = []
+    view: StoredView
+    extra_bytes: Annotated[int, Field(ge=0, strict=True)] = 0
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS, strict=True)]
     draft_tokens_by_batch: list[tuple[Annotated[int, Field(ge=1, strict=True)], DraftTokens]] = []
-    bridges: Literal["none"] | Bridges = "none"
-    head: Literal["full"] | DraftHead = "full"
     worthwhile: bool
     prediction: Prediction
     scores: list[LayerScore]
     curve: list[Candidate]
-    cost: CostModel | None = None
-    pacing: Pacing | None = None
+    costs: Costs | None = None
+    chances: Chances | None = None
+    check: Speeds | None = None
     made: Provenance
 
     @field_validator("draft_tokens_by_batch")
@@ -209,20 +250,26 @@ class SkipPlan(_Strict):
     @model_validator(mode="after")
     def _layers_exist(self) -> SkipPlan:
         n = self.fingerprint.num_layers
-        named = [("", self.keep), *((f"curve[{i}].", c.keep) for i, c in enumerate(self.curve))]
-        for name, keep in named:
-            if problem := keep.problem(n):
-                raise ValueError(name + problem)
+        views: list[tuple[str, StoredView | Candidate]] = [("view", self.view)]
+        views += [(f"curve[{i}]", c) for i, c in enumerate(self.curve)]
+        for name, of in views:
+            if not len(of.attention) == len(of.mlp) == n:
+                raise ValueError(
+                    f"{name} has {len(of.attention)} attention and {len(of.mlp)} mlp, the model {n} layers"
+                )
+            if set(of.attention) | set(of.mlp) == {"skip"}:
+                raise ValueError(f"{name} skips every branch: nothing would draft")
         architecture = self.fingerprint.architecture
         if self.keep.partial and architecture not in SUBLAYER_ARCHITECTURES:
             raise ValueError(
-                f"kept_attention and kept_mlp must be empty: {architecture} drafts with whole layers only"
+                f"view skips one branch of a layer and not the other: {architecture} drafts with whole layers only"
             )
-        if self.bridges != "none" and self.keep.partial:
-            raise ValueError("bridges belong to whole layers, but kept_attention or kept_mlp is not empty")
-        if self.bridges != "none":
-            skipped = runs_skipped(self.kept_layers, n)
-            runs = [(r.first, r.last) for r in self.bridges.runs]
+        bridges = self.view.bridges
+        if bridges is not None and self.keep.partial:
+            raise ValueError("bridges belong to whole layers, but the view skips single branches")
+        if bridges is not None:
+            skipped = runs_skipped(self.keep.layers, n)
+            runs = [(r.first, r.last) for r in bridges.runs]
             if runs != sorted(set(runs)) or not set(runs) <= skipped:
                 raise ValueError(
                     f"bridges name the runs {runs}, which are not runs of skipped layers in order"
@@ -234,112 +281,70 @@ class SkipPlan(_Strict):
 
     @model_validator(mode="after")
     def _head_is_smaller(self) -> SkipPlan:
-        if self.head != "full" and self.head.tokens >= self.fingerprint.vocab_size:
+        tokens = self.view.head.tokens
+        if tokens is not None and tokens >= self.fingerprint.vocab_size:
+            raise ValueError(f"head has {tokens} tokens of a vocabulary of {self.fingerprint.vocab_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _costs_are_the_views(self) -> SkipPlan:
+        costs, view = self.costs, self.view.branches
+        if costs is None:
+            return self
+        if costs.num_layers != self.fingerprint.num_layers:
             raise ValueError(
-                f"head has {self.head.tokens} tokens of a vocabulary of {self.fingerprint.vocab_size}"
+                f"costs are of {costs.num_layers} layers, the model has {self.fingerprint.num_layers}"
             )
+        if unmeasured := self.used_precisions() - set(costs.precisions):
+            raise ValueError(f"costs have no times for {', '.join(sorted(unmeasured))}, which the view uses")
+        if not all(0.0 < costs.step_ms(view, m) < math.inf for m in costs.rows):
+            raise ValueError("costs: a draft step must take time at each of rows")
         return self
 
     @property
     def keep(self) -> KeepSet:
-        """What drafts."""
-        return KeepSet(tuple(self.kept_layers), tuple(self.kept_attention), tuple(self.kept_mlp))
+        """What drafts, whatever the precision."""
+        return self.view.branches.keep
 
-    def save(
-        self, folder: str | Path, tensors: bytes | None = None, head_tokens: bytes | None = None
-    ) -> Path:
-        """Writes `<folder>/plan.json` atomically (a reader sees the old plan or the new one) and returns its path.
+    @property
+    def promised_speedup(self) -> float:
+        """What the engine's default drafting gave over plain decoding; where it was not measured, the prediction."""
+        return self.check.copies / self.check.plain if self.check else self.prediction.speedup
 
-        Args:
-            tensors: Content of `bridges.safetensors`, given if and only if the plan has bridges. Written
-                first: a reader in between finds that it is not the plan's, and is told so.
-            head_tokens: The same for `head.safetensors` and a restricted head.
+    def used_precisions(self) -> set[Mode]:
+        """The precisions that the view's branches run at."""
+        return {*self.view.attention, *self.view.mlp} - {"skip"}
 
-        Raises:
-            PlanError: If the folder cannot be written.
-        """
-        if (tensors is None) != (self.bridges == "none"):
-            raise ValueError("a plan with bridges is saved with their tensors, one without has none")
-        if (head_tokens is None) != (self.head == "full"):
-            raise ValueError("a plan with a restricted head is saved with its tensors, one without has none")
-        folder = Path(folder)
-        path = folder / PLAN_FILE
-        beside = {BRIDGE_FILE: tensors, HEAD_FILE: head_tokens}
-        for name, content in beside.items():
-            if content is not None:
-                write_atomically(folder / name, content)
-        write_plan(self, path)
-        for name, content in beside.items():
-            if content is None:
-                (folder / name).unlink(missing_ok=True)  # of the plan that was here before
-        return path
+    def at_full_precision(self) -> SkipPlan:
+        """The same plan without rounded copies: what it promises is then not what was tried."""
+        keep, head = self.keep, self.view.head.model_copy(update={"precision": "full"})
+        view = StoredView.of(keep, self.fingerprint.num_layers, self.view.bridges, head)
+        costs = self.costs and self.costs.model_copy(update={"draft_head": None})
+        return self.model_copy(update={"view": view, "extra_bytes": 0, "costs": costs})
+
+    @property
+    def pacing(self) -> Pacing | None:
+        """What an engine paces its drafts by; None where costs or chances are not known."""
+        if self.costs is None or self.chances is None:
+            return None
+        costs, view = self.costs, self.view.branches
+        return Pacing(
+            rows=costs.rows,
+            target_ms=[costs.target_ms(m) for m in costs.rows],
+            draft_ms=[costs.step_ms(view, m) for m in costs.rows],
+            draft_overhead_ms=costs.draft_overhead_ms,
+            round_overhead_ms=costs.round_overhead_ms,
+            acceptance=self.chances.acceptance,
+            confidence=self.chances.confidence,
+        )
+
+
+@lru_cache(maxsize=1024)
+def _view(attention: tuple[Mode, ...], mlp: tuple[Mode, ...]) -> DraftView:
+    return DraftView.from_modes(attention, mlp)
 
 
 def runs_skipped(kept: Sequence[int], num_layers: int) -> set[tuple[int, int]]:
     """The maximal runs (first, last) of layers that `kept`, ascending, leaves out."""
     edges = [-1, *kept, num_layers]
     return {(a + 1, b - 1) for a, b in itertools.pairwise(edges) if b - a > 1}
-
-
-def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan:
-    """Reads and validates a plan from a plan folder or its plan.json.
-
-    Args:
-        expected: The served model's fingerprint; a plan for another model is refused.
-
-    The tensors of its bridges and the tokens of its head are read and checked as well.
-
-    Raises:
-        PlanError: Naming the file, the field and the way out. No other exception leaves here.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / PLAN_FILE
-    plan = read_plan(path, SkipPlan, SCHEMA_VERSION, "sdfp plan MODEL")
-    if expected is not None and (differences := plan.fingerprint.differences(expected)):
-        raise PlanError(
-            str(path),
-            "was made for another model: " + "; ".join(differences),
-            "Make one for this model with `sdfp plan MODEL`, or serve the model the plan names.",
-        )
-    if plan.bridges != "none":
-        from sdfp_vllm.bridge_file import load_bridges  # torch, which a plan without bridges does not need
-
-        load_bridges(path.parent, plan)
-    if plan.head != "full":
-        from sdfp_vllm.head_file import load_head
-
-        load_head(path.parent, plan)
-    return plan
-
-
-def plans_root() -> Path:
-    """The per-user folder of plans: $SDFP_CACHE_DIR, else $XDG_CACHE_HOME/sdfp, else ~/.cache/sdfp."""
-    if root := os.environ.get("SDFP_CACHE_DIR"):
-        return Path(root) / "plans"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdfp" / "plans"
-
-
-def default_plan_dir(fp: Fingerprint) -> Path:
-    """Where `sdfp plan MODEL` writes and `--speculative-model sdfp` looks, by model fingerprint."""
-    # By schema: another release's plan is one that is not there, not one that is damaged.
-    return plans_root() / f"v{SCHEMA_VERSION}" / f"{fp.architecture}-{fp.sha256[:16]}"
-
-
-def find_plan(
-    model: str, plan: str | Path | None = None, revision: str | None = None
-) -> tuple[SkipPlan, Path]:
-    """Loads the plan at `plan`, or the default one of the model's fingerprint; returns it and where it lies.
-
-    Raises:
-        SdfpError: If there is no such model, or no plan (PlanError), or it is damaged or made for another model.
-    """
-    target = fingerprint(resolve_model_dir(model, revision))
-    folder = default_plan_dir(target) if plan is None else Path(plan)
-    if plan is None and not (folder / PLAN_FILE).is_file():
-        raise PlanError(
-            f"model {model!r}",
-            f"has no plan yet (looked for {folder})",
-            f"Make one with `sdfp plan {model}`, or name a plan folder.",
-        )
-    return load_plan(folder, expected=target), folder

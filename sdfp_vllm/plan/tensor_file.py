@@ -7,7 +7,6 @@ neither point elsewhere nor be served with another plan's tensors.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from sdfp_vllm.errors import PlanError
 
-_HEADER_ROOM = 1 << 20
+MAX_FILE_BYTES = 1 << 30  # a bridge of rank 64 over each of a hundred layers is a tenth of it
 
 
 def pack_tensors(tensors: dict[str, Tensor]) -> tuple[bytes, str]:
@@ -26,22 +25,32 @@ def pack_tensors(tensors: dict[str, Tensor]) -> tuple[bytes, str]:
     return content, hashlib.sha256(content).hexdigest()
 
 
-def read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, sha256: str, whose: str
-) -> dict[str, Tensor]:
-    """Reads exactly the tensors in `shapes`, by name; on the CPU.
+def read_pinned(path: Path, sha256: str, whose: str) -> bytes:
+    """Reads a file that the plan beside it pins by its hash.
 
     Args:
-        whose: What in the plan they belong to, for the message about a missing file.
+        whose: What in the plan it belongs to, for the message about a missing file.
 
     Raises:
-        PlanError: If the file is missing, is not the one the plan was written with, or holds anything
-            but the tensors described: by name, shape, dtype, and all finite.
+        PlanError: If the file is missing or is not the one the plan was written with.
     """
-    most = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values()) + _HEADER_ROOM
-    content = _read(path, most, whose)
+    content = _read(path, MAX_FILE_BYTES, whose)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise damaged(path, "is not the file that the plan was written with (its SHA-256 differs)")
+    return content
+
+
+def unpack_tensors(
+    content: bytes, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, path: Path
+) -> dict[str, Tensor]:
+    """Exactly the tensors in `shapes`, by name; on the CPU.
+
+    Args:
+        path: Where the content was read, for the messages.
+
+    Raises:
+        PlanError: If the content is anything but the tensors described: by name, shape, dtype, and all finite.
+    """
     try:
         found = safetensors.torch.load(content)
     except Exception as e:  # a hostile header raises whatever the parser meets

@@ -1,4 +1,4 @@
-"""One residual branch of a decoder layer, run without the other, on vLLM's fused residual convention.
+"""A decoder layer as the draft has it: whole or one residual branch, on full or rounded weights.
 
 A pre-norm layer of vLLM takes (branch output, residual) from what ran before it; each of its two
 norms adds the pair, normalises the sum and hands the sum on as the residual. So a branch is
@@ -7,13 +7,15 @@ its norm followed by its module, whatever ran before: h, r -> module(norm(h + r)
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.keep import Branch
+from sdfp_vllm.plan.keep import Branch, KeepSet
+from sdfp_vllm.runtime.twins import rounded_branch
 
 _NORM = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 _FEED_FORWARD = ("mlp", "block_sparse_moe")
@@ -51,21 +53,47 @@ class MlpBranch(_Branch):
         return self.module(normed), residual
 
 
-def branch_of(layer: Any, index: int, branch: Branch) -> nn.Module:
-    """The attention or the MLP of decoder layer `index`, sharing every weight with it.
+def seen(layer: Any, index: int, view: KeepSet) -> nn.Module:
+    """Decoder layer `index` as `view` has it, sharing every weight with it but those that are rounded.
 
     Raises:
-        SdfpError: If the layer is not of Llama's pre-norm shape, so that a branch is not norm and module.
+        SdfpError: If the layer is not of Llama's pre-norm shape and one of its branches is left out, or it has no
+            weights to round where the view rounds.
     """
-    children = {name for name, _ in layer.named_children()}
-    feed_forward = next((name for name in _FEED_FORWARD if name in children), "mlp")
+    runs = view.branches(index)
+    if len(runs) == 1:
+        (branch,) = runs
+        norm, module = _parts(layer, index, branch)
+        module = _at(module, index, branch, view)
+        return AttentionBranch(norm, module) if branch == "attention" else MlpBranch(norm, module)
+    names: dict[Branch, str] = {"attention": "self_attn", "mlp": _feed_forward(layer)}
+    changed = {name: _at(getattr(layer, name), index, b, view) for b, name in names.items()
+               if view.precision(index, b) != "full"}  # fmt: skip
+    if not changed:
+        return layer
+    made = copy.copy(layer)
+    made._modules = {**layer._modules, **changed}
+    return made
+
+
+def _at(module: nn.Module, index: int, branch: Branch, view: KeepSet) -> nn.Module:
+    precision = view.precision(index, branch)
+    return module if precision == "full" else rounded_branch(module, index, branch, precision)
+
+
+def _feed_forward(layer: nn.Module) -> str:
+    return next((name for name in _FEED_FORWARD if name in layer._modules), "mlp")
+
+
+def _parts(layer: Any, index: int, branch: Branch) -> tuple[nn.Module, nn.Module]:
+    """Norm and module of a layer's branch."""
+    children, feed_forward = set(layer._modules), _feed_forward(layer)
     if children != {*_NORM.values(), "self_attn", feed_forward}:
         raise SdfpError(
             f"decoder layer {index} ({type(layer).__name__})",
             f"has the parts {sorted(children)}: its {branch} cannot run by itself",
             "Make a plan with `sdfp plan MODEL --selector fit`, which keeps whole layers.",
         )
-    norm = getattr(layer, _NORM[branch])
-    if branch == "attention":
-        return AttentionBranch(norm, layer.self_attn)
-    return MlpBranch(norm, getattr(layer, feed_forward))
+    return getattr(layer, _NORM[branch]), getattr(
+        layer, "self_attn" if branch == "attention" else feed_forward
+    )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.integration.upstream import GemmaRMSNorm, RMSNorm
 from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
+from sdfp_vllm.plan.bridge import Bridge
 
 # The children, feed-forward parts aside, of the decoder layers known to begin with
 # `input_layernorm(hidden, residual)`, which adds, normalises and returns both: Llama's shape and Gemma's.

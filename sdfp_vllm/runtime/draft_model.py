@@ -1,6 +1,6 @@
 """The draft: the target's own embedding, kept layers, final norm and head.
 
-No weight is copied, but for the rows of a head that the plan restricts (`head.py`).
+No weight is copied, but for what the plan rounds (`twins.py`) and the rows of its head (`head.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import AttentionLayerBase, VllmConfig, support_torch_compile
-from sdfp_vllm.keep import KeepSet
-from sdfp_vllm.runtime.branches import branch_of
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.view import DraftView
+from sdfp_vllm.runtime.branches import seen
 from sdfp_vllm.runtime.bridged import BridgeStep, entered_through
 
 
@@ -52,6 +53,7 @@ class SkipDraftModel(nn.Module):
     final norm) is entered through it.
 
     Args:
+        view: What runs and at which precision; a keep set runs at full precision.
         bridges: By (first, last) dropped layer; on the target's device, in its dtype.
         head: Stands in for the target's `compute_logits`.
     """
@@ -62,7 +64,7 @@ class SkipDraftModel(nn.Module):
         vllm_config: VllmConfig,
         prefix: str = "",
         target: Any,
-        keep: KeepSet | Iterable[int],
+        view: KeepSet | Iterable[int],
         bridges: Mapping[tuple[int, int], Bridge] | None = None,
         head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
@@ -71,14 +73,12 @@ class SkipDraftModel(nn.Module):
         into = {last + 1: bridge for (_, last), bridge in (bridges or {}).items()}
         # Plain attributes of registered modules: parameters() lists the target's own tensors.
         self._embed: Callable[[torch.Tensor], torch.Tensor] = decoder.embed_input_ids
-        keep = KeepSet.of(keep)
-        touched = keep.touched()
+        view = DraftView.of(view)
+        touched = view.touched()
         first = touched[0]
         steps: list[nn.Module] = [BridgeStep(into[first])] if first in into else []
         for i in touched:
-            layer = decoder.layers[i]
-            if i not in keep.layers:
-                layer = branch_of(layer, i, "attention" if i in keep.attention else "mlp")
+            layer = seen(decoder.layers[i], i, view)
             steps += entered_through(into[i], layer) if i in into and i != first else [layer]
         self.kept = nn.ModuleList(steps)
         self.norm = decoder.norm

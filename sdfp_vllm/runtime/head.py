@@ -1,4 +1,4 @@
-"""The draft's head over a part of the vocabulary: the target's own rows, gathered once.
+"""The draft's own head: fewer rows of the target's, gathered once, or rounded ones.
 
 Nothing of the target's head is written anew. What computes the logits is a twin of the target in which
 the head's module alone is replaced, by one that holds the wanted rows, so that scaling, soft cap, bias
@@ -8,24 +8,30 @@ whole is checked on a row of hidden states at load.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sdfp_vllm.integration.rounded_linear import RoundedLinear
+from sdfp_vllm.integration.rounded_weights import ROWS
 from sdfp_vllm.integration.upstream import (
     UnquantizedEmbeddingMethod,
     UnquantizedLinearMethod,
     init_logger,
 )
+from sdfp_vllm.plan.view import Precision
+from sdfp_vllm.runtime.twins import RoundedMethod
 
 logger = init_logger(f"vllm.{__name__}")
 
 # Where vLLM's models keep the module whose rows are the vocabulary; tried in this order.
 _PLACES = (("lm_head",), ("model", "embed_tokens"))
-# Kernels round differently over other numbers of rows; a scale or a cap that is missing differs by more.
-_TOLERANCE = 0.02
+# Kernels round differently over other numbers of rows, and rounded ones on purpose; a scale or a cap that is missing
+# differs by more.
+_TOLERANCE = {False: 0.02, True: 0.1}
 
 Head = Callable[[Tensor], Tensor]
 
@@ -47,31 +53,83 @@ def padded(compute: Head, rows: Sequence[int]) -> Head:
 
 
 class _Rows(nn.Module):
-    """Rows of a vocabulary-parallel head, called by the target's logits processor like the head itself."""
-
-    def __init__(self, head: Any, rows: Tensor):
-        super().__init__()
-        self.tp_size = head.tp_size
-        self.weight = nn.Parameter(head.weight.detach()[rows], requires_grad=False)
-        bias = getattr(head, "bias", None)
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows], requires_grad=False)
-        self.quant_method = UnquantizedEmbeddingMethod()
-        self.quant_method.process_weights_after_loading(self)  # on a CPU: packs the rows for its fast product
-
-
-class RestrictedHead:
-    """The head over M tokens: full-width logits, -inf for every other token.
+    """Rows of a vocabulary-parallel head, called by the target's logits processor like the head itself.
 
     Args:
-        compute: Maps [T, hidden] to the logits of the gathered rows of all ranks, [T, N].
-        columns: int64 [M], where among the N the tokens are; None if they are just these, in order.
-        tokens: int64 [M], ascending.
-        vocab_size: Width of the logits.
+        rows: Which of this rank's rows, int64 [N]; None for all.
     """
 
-    def __init__(self, compute: Head, columns: Tensor | None, tokens: Tensor, vocab_size: int):
+    def __init__(self, head: Any, rows: Tensor | None, precision: Precision):
+        super().__init__()
+        self.tp_size = head.tp_size
+        self.weight: Any = None
+        bias = getattr(head, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(_of(bias, rows), requires_grad=False)
+        self._source, self._rows, self._precision = (
+            [head],
+            rows,
+            precision,
+        )  # in a list: no child of this module
+        self.quant_method: Any = None
+        self.take()
+
+    def take(self) -> None:
+        """Takes the rows from the head as it is now."""
+        (head,) = self._source
+        weight = _of(head.weight, self._rows)
+        if self._precision == "full":
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.quant_method = UnquantizedEmbeddingMethod()
+            self.quant_method.process_weights_after_loading(
+                self
+            )  # on a CPU: packs the rows for its fast product
+        elif self.quant_method is None:
+            self.quant_method = RoundedMethod(
+                RoundedLinear(weight, None, self._precision, name="a draft's head")
+            )
+        else:
+            self.quant_method.rounded.refresh(weight)
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows take, beside the target's."""
+        if self._precision != "full":
+            return self.quant_method.rounded.nbytes
+        (head,) = self._source
+        count = head.weight.shape[0] if self._rows is None else len(self._rows)
+        return count * head.weight.shape[1] * head.weight.element_size()
+
+
+def _of(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor.detach() if rows is None else tensor.detach()[rows]
+
+
+class DraftHead:
+    """The head over M tokens, or all: full-width logits, -inf for every other token.
+
+    Args:
+        compute: Maps [T, hidden] to the logits of the rows of all ranks, [T, N].
+        columns: int64 [M], where among the N the tokens are; None if they are just these, in order.
+        tokens: int64 [M], ascending; None for all.
+        vocab_size: Width of the logits.
+        rows: Holds the weights.
+    """
+
+    def __init__(
+        self, compute: Head, columns: Tensor | None, tokens: Tensor | None, vocab_size: int, rows: _Rows
+    ):
         self._compute, self._columns = compute, columns
-        self.tokens, self.vocab_size = tokens, vocab_size
+        self.tokens, self.vocab_size, self.rows = tokens, vocab_size, rows
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes beside the target's head, on this rank."""
+        return self.rows.nbytes
+
+    def describe(self) -> str:
+        """In words, for the log."""
+        count = "all" if self.tokens is None else f"{len(self.tokens)} of {self.vocab_size}"
+        return f"{count} logits in {self.rows._precision} precision"
 
     def gathered(self, hidden: Tensor) -> Tensor:
         """[T, hidden] -> logits of the tokens, [T, M]."""
@@ -81,16 +139,21 @@ class RestrictedHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, hidden] -> [T, vocab_size]; a new tensor, which the sampler may overwrite."""
         logits = self.gathered(hidden)
+        if self.tokens is None:
+            return logits
         full = logits.new_full((len(logits), self.vocab_size), -torch.inf)
         return full.index_copy_(1, self.tokens, logits)
 
 
 @torch.inference_mode()
-def restricted_head(target: Any, tokens: Tensor) -> RestrictedHead | None:
-    """Gathers the head's rows of `tokens`, int64 [M] ascending; None, with the reason logged, if it cannot be done.
+def draft_head(target: Any, tokens: Tensor | None, precision: Precision = "full") -> DraftHead | None:
+    """The head over `tokens`, int64 [M] ascending (None: all), at `precision`; None where that is the target's own.
 
-    Without it the draft uses the full head, which is always right. Every tensor-parallel rank must call this.
+    None, with the reason logged, also where it cannot be done: without it the draft uses the full head, which is
+    always right. Every tensor-parallel rank must call this.
     """
+    if tokens is None and precision == "full":
+        return None
     model = target.get_language_model() if hasattr(target, "get_language_model") else target
     reason = "its head was not found at " + " or ".join(".".join(place) for place in _PLACES)
     for place in _PLACES:
@@ -100,28 +163,47 @@ def restricted_head(target: Any, tokens: Tensor) -> RestrictedHead | None:
         if not isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
             reason = f"its head is quantised ({type(head.quant_method).__name__})"
             break
-        tokens = tokens.to(head.weight.device)
-        rows, columns, gathered = _shares(head, tokens)
-        if gathered > head.org_vocab_size:
-            reason = "its tokens lie too unevenly over the tensor-parallel ranks"
-            break
-        twin = _with(model, place, _Rows(head, rows))
+        rows = columns = None
+        gathered = head.org_vocab_size
+        if tokens is not None:
+            tokens = tokens.to(head.weight.device)
+            rows, columns, gathered = _shares(head, tokens)
+            if gathered > head.org_vocab_size:
+                reason = "its tokens lie too unevenly over the tensor-parallel ranks"
+                break
+        with _default_dtype(_dtype(model)):
+            own = _Rows(head, rows, precision)
+        twin = _with(model, place, own)
         row = torch.randn(1, head.weight.shape[1], dtype=_dtype(model), device=head.weight.device)
         whole, part = target.compute_logits(row), twin.compute_logits(row)
-        if part.shape[1] != gathered:
+        if part.shape[1] != (gathered if tokens is not None else whole.shape[1]):
             continue  # this module is not the one that computes the logits
-        made = RestrictedHead(twin.compute_logits, columns, tokens, whole.shape[1])
-        if (made.gathered(row) - whole[:, tokens]).abs().max() <= _TOLERANCE * whole.abs().max():
+        made = DraftHead(twin.compute_logits, columns, tokens, whole.shape[1], own)
+        wanted = whole if tokens is None else whole[:, tokens]
+        if (made.gathered(row) - wanted).abs().max() <= _TOLERANCE[precision != "full"] * whole.abs().max():
+            vars(head)[ROWS] = own  # weights that are loaded anew pass by there
             return made
         reason = "its logits are computed in a way that rows of the head do not reproduce"
     logger.warning(
-        "SDFP drafts with the full head of %s, not with the plan's %d tokens: %s. Output does not change, "
+        "SDFP drafts with the full head of %s, not with the plan's (%s tokens, %s): %s. Output does not change, "
         "drafting costs more than the plan reckons with.",
         type(target).__name__,
-        len(tokens),
+        "all" if tokens is None else len(tokens),
+        precision,
         reason,
     )
     return None
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Kernels that are built here give their results in the default dtype, as while a model is loaded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _shares(head: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None, int]:

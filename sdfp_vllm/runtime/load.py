@@ -1,12 +1,12 @@
-"""Builds the draft over a loaded target, the same for both model runners."""
+"""Loads the draft over a target: the same for both model runners."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from sdfp_vllm.bridge_file import bridges_at
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.head_file import head_at
 from sdfp_vllm.integration.upstream import (
     AttentionLayerBase,
     VllmConfig,
@@ -14,9 +14,10 @@ from sdfp_vllm.integration.upstream import (
     init_logger,
     set_model_tag,
 )
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.view import DraftView
 from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
-from sdfp_vllm.runtime.head import padded, restricted_head
+from sdfp_vllm.runtime.head import draft_head, padded
+from sdfp_vllm.runtime.twins import copies_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -24,27 +25,71 @@ logger = init_logger(f"vllm.{__name__}")
 def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftModel, set[str]]:
     """Returns the draft over `target`'s own modules, and the names of the attention layers it runs.
 
-    Allocates no weight but the plan's bridges and the rows of a restricted head. Keep set, bridges and head
-    come from `vllm_config.speculative_config`, an SdfpConfig.
+    Allocates no weight but the plan's bridges and the rows of its head; rounded copies were made while the target
+    was loaded (`integration/rounded_weights.py`). Everything comes from `vllm_config.speculative_config`, an
+    SdfpConfig.
 
     Raises:
         SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V; if
-            nothing kept attends, or a layer's branch cannot run by itself; or if the bridges or the head
-            are no longer those the engine was started with.
+            nothing kept attends, or a layer's branch cannot run by itself; or if a branch that the plan rounds
+            has no rounded copy.
     """
-    config = vllm_config.speculative_config
-    keep: KeepSet = config.keep  # type: ignore[union-attr]
+    config: Any = vllm_config.speculative_config
+    view: DraftView = config.view
     layers = decoder_of(target).layers
+    drafting = _attending(vllm_config, layers, view)
+    if not drafting:
+        raise SdfpError(
+            f"plan {config.model}",
+            f"keeps no attention ({view}), and vLLM schedules a draft by its attention",
+            "Make a plan that keeps the attention of some layer.",
+        )
+    device, dtype = next(target.parameters()).device, vllm_config.model_config.dtype
+    bridges = {
+        run: bridge.to(device=device, dtype=dtype)  # type: ignore[arg-type]
+        for run, bridge in config.parcel.bridges().items()
+    }
+    head = draft_head(target, config.parcel.tokens(), config.plan.view.head.precision)
+    rows = config.step_rows
+    with set_model_tag("sdfp_draft"):
+        draft = SkipDraftModel(
+            vllm_config=vllm_config,
+            prefix="",
+            target=target,
+            view=view,
+            bridges=bridges,
+            head=padded(head or target.compute_logits, rows) if rows else head,  # type: ignore[arg-type]
+        )
+    copies = copies_of(draft) + (head.nbytes if head else 0)
+    logger.info(
+        "SDFP is on: drafts of %s with %g of %d layers and %d bridges (%s); its head computes %s; rounded copies "
+        "and head rows take %.1f MB, as much as %d tokens of KV cache",
+        "a length that follows the traffic"
+        if config.pacing
+        else f"{config.num_speculative_tokens} tokens a round",
+        view.size,
+        len(layers),
+        len(bridges),
+        view,
+        head.describe() if head else "all logits",
+        copies / 1e6,
+        copies // max(1, kv_bytes_per_token(vllm_config)),
+    )
+    return draft, drafting
+
+
+def _attending(vllm_config: VllmConfig, layers: Any, view: DraftView) -> set[str]:
+    """Names of the attention layers that `view` runs, each of which must be one the draft can share."""
     attention = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
     drafting: set[str] = set()
-    for i in keep.touched():
+    for i in view.touched():
         if i >= len(layers):
             raise SdfpError(
-                f"plan {config.model}",  # type: ignore[union-attr]
+                f"plan {vllm_config.speculative_config.model}",  # type: ignore[union-attr]
                 f"keeps layer {i}, but the model has {len(layers)} layers",
                 "Make a plan for this model with `sdfp plan MODEL`.",
             )
-        if "attention" not in keep.branches(i):
+        if "attention" not in view.branches(i):
             continue
         names = attention_names(layers[i])
         if not names:
@@ -59,37 +104,11 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
                     "Serve this model without SDFP.",
                 )
         drafting.update(names)
-    if not drafting:
-        raise SdfpError(
-            f"plan {config.model}",  # type: ignore[union-attr]
-            f"keeps no attention ({keep}), and vLLM schedules a draft by its attention",
-            "Make a plan that keeps the attention of some layer.",
-        )
-    device, dtype = next(target.parameters()).device, vllm_config.model_config.dtype
-    bridges = {
-        run: bridge.to(device=device, dtype=dtype)  # type: ignore[arg-type]
-        for run, bridge in bridges_at(str(config.model), config.bridges_sha256).items()  # type: ignore[union-attr]
-    }
-    tokens = head_at(str(config.model), config.head_sha256)  # type: ignore[union-attr]
-    head = None if tokens is None else restricted_head(target, tokens)
-    rows = config.step_rows  # type: ignore[union-attr]
-    with set_model_tag("sdfp_draft"):
-        draft = SkipDraftModel(
-            vllm_config=vllm_config,
-            prefix="",
-            target=target,
-            keep=keep,
-            bridges=bridges,
-            head=padded(head or target.compute_logits, rows) if rows else head,  # type: ignore[arg-type]
-        )
-    if head is not None:
-        logger.info("Its head computes %d of %d logits", len(head.tokens), head.vocab_size)
-    logger.info(
-        "SDFP drafts %d tokens a round with %g of %d layers and %d bridges: %s",
-        config.num_speculative_tokens,  # type: ignore[union-attr]
-        keep.size,
-        len(layers),
-        len(bridges),
-        keep,
-    )
-    return draft, drafting
+    return drafting
+
+
+def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
+    """Bytes of KV cache that a token takes on this worker, all layers together."""
+    attention = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+    specs = [layer.get_kv_cache_spec(vllm_config) for layer in attention.values()]
+    return sum(spec.page_size_bytes // spec.block_size for spec in specs if spec is not None)

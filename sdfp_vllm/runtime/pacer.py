@@ -101,7 +101,7 @@ class Pacer:
     """
 
     def __init__(self, policy: DraftPolicy, runner: Any, copies: bool, timed: bool):
-        self.policy, self._runner, self._copies, self.timed = policy, runner, copies, timed
+        self.policy, self._runner, self.copies, self.timed = policy, runner, copies, timed
         self._left = 0.0  # when the last round's drafting ended
         self._open: tuple[Round, list[str], list[int]] | None = None
         self.tally = Tally()
@@ -168,7 +168,7 @@ class Pacer:
         rows = []
         for i, (wait, draws) in enumerate(zip(waits, sampled, strict=True)):
             row = Row(None if wait else SAMPLED if draws else GREEDY, most=self._tokens_left(i, verified) - 1)
-            if self._copies and not wait:
+            if self.copies and not wait:
                 row.match = latest_longest_match(self._context(batch, i, verified), self.policy.longest)
             rows.append(row)
         return rows

@@ -9,7 +9,7 @@ from ray import cluster_resources, serve
 from ray.serve import Application
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.plan_parcel import PlanParcel
+from sdfp_vllm.plan.store import find_plan
 from sdfp_vllm.serving.engine import Engine
 from sdfp_vllm.serving.gateway import Gateway
 from sdfp_vllm.serving.settings import ServingArgs
@@ -52,7 +52,7 @@ def build(args: ServingArgs, num_replicas: int | None = None) -> Application:
     """
     from sdfp_vllm.integration.openai_app import serve_arguments
 
-    plan = PlanParcel.read(args.model, args.plan)
+    plan = find_plan(args.model, args.plan or None)
     gpus = serve_arguments(args.model, args.engine).tensor_parallel_size
     scaling: dict[str, Any] = (
         {"num_replicas": num_replicas} if num_replicas else {"autoscaling_config": _SCALING}

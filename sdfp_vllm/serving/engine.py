@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from sdfp_vllm.plan_parcel import PlanParcel
+from sdfp_vllm.plan.parcel import PlanParcel
 from sdfp_vllm.serving.settings import ServingArgs
 
 Message = dict[str, Any]

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import sdfp_vllm.demo
-from sdfp_vllm.fingerprint import fingerprint
-from sdfp_vllm.plan import default_plan_dir
+from sdfp_vllm.plan.fingerprint import fingerprint
+from sdfp_vllm.plan.store import default_plan_dir
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from engines import write_plan

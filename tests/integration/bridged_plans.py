@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from engines import write_plan
 
-from sdfp_vllm.bridge import Bridge
-from sdfp_vllm.bridge_file import Run, pack_bridges
-from sdfp_vllm.plan import BridgeRun, load_plan, runs_skipped
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.bridge_file import Run, pack_bridges
+from sdfp_vllm.plan.schema import BridgeRun, runs_skipped
+from sdfp_vllm.plan.store import load_plan, save_plan
 
 RANK = 5
 
@@ -38,5 +39,6 @@ def write_bridged_plan(
     }
     runs = [BridgeRun(first=a, last=b, regularisation=0.0, error=0.5) for a, b in bridges]
     described, content = pack_bridges(runs, bridges)
-    plan.model_copy(update={"bridges": described}).save(folder, content)
+    view = plan.view.model_copy(update={"bridges": described})
+    save_plan(plan.model_copy(update={"view": view}), folder, content)
     return str(folder), bridges

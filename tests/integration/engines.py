@@ -9,9 +9,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sdfp_vllm.fingerprint import fingerprint
 from sdfp_vllm.pacing.record import Pacing
-from sdfp_vllm.plan import Candidate, Prediction, Provenance, SkipPlan
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.fingerprint import fingerprint
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import Candidate, Chances, Prediction, Provenance, SkipPlan, StoredView
+from sdfp_vllm.plan.store import save_plan
 
 BASE: dict[str, Any] = dict(
     dtype="float32",
@@ -24,17 +27,26 @@ BASE: dict[str, Any] = dict(
 )
 
 
-def write_plan(model: Path, folder: Path, kept: Sequence[int], k: int, **changes: Any) -> str:
+def candidate(view: KeepSet, num_layers: int) -> Candidate:
+    """A point of a searched curve by hand."""
+    stored = StoredView.of(view, num_layers)
+    return Candidate(attention=stored.attention, mlp=stored.mlp, acceptance=[0.5] * 8, speedup=[1.0] * 9)
+
+
+def write_plan(model: Path, folder: Path, kept: KeepSet | Sequence[int], k: int, **changes: Any) -> str:
     """Writes a plan by hand that knows acceptance up to 8 draft tokens; returns its folder."""
+    target, view = fingerprint(model), KeepSet.of(kept)
+    if pacing := changes.pop("pacing", None):
+        changes |= costs_by_hand(pacing, target.num_layers, view)
     plan = SkipPlan(
         model=str(model),
-        fingerprint=fingerprint(model),
-        kept_layers=list(kept),
+        fingerprint=target,
+        view=StoredView.of(view, target.num_layers),
         num_speculative_tokens=k,
         worthwhile=True,
         prediction=Prediction(acceptance_rate=0.5, mean_accepted_length=2.0, speedup=1.1),
         scores=[],
-        curve=[Candidate(kept_layers=list(kept), acceptance=[0.5] * 8, speedup=[1.0] * 9)],
+        curve=[candidate(view, target.num_layers)],
         made=Provenance(
             calibration="by hand",
             calibration_tokens=0,
@@ -46,8 +58,27 @@ def write_plan(model: Path, folder: Path, kept: Sequence[int], k: int, **changes
             transformers_version="test",
         ),
     )
-    plan.model_copy(update=changes).save(folder)
+    save_plan(plan.model_copy(update=changes), folder)
     return str(folder)
+
+
+def costs_by_hand(pacing: Pacing, num_layers: int, view: KeepSet) -> dict[str, Any]:
+    """Costs and chances of a plan whose pacing is `pacing`: all time is the head's."""
+    layers = {p: [0.0] * len(pacing.rows) for p in {"full", *(view.precision(i, b) for b, i in view.units())}}
+    costs = Costs(
+        rows=pacing.rows,
+        attention=layers,
+        mlp=layers,
+        head={"full": pacing.target_ms},
+        draft_head=pacing.draft_ms,
+        num_layers=num_layers,
+        round_overhead_ms=pacing.round_overhead_ms,
+        draft_overhead_ms=pacing.draft_overhead_ms,
+        device="by hand",
+        dtype="float32",
+        threads=1,
+    )
+    return {"costs": costs, "chances": Chances(acceptance=pacing.acceptance, confidence=pacing.confidence)}
 
 
 def pacing_by_hand(row_ms: float = 0.5, **changes: Any) -> Pacing:

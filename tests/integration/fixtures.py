@@ -22,7 +22,7 @@ def target() -> Path:
 @pytest.fixture(scope="session")
 def kept(target: Path) -> list[int]:
     """A keep set whose drafts are often right and often wrong: both paths get used."""
-    from sdfp_vllm.fingerprint import fingerprint
+    from sdfp_vllm.plan.fingerprint import fingerprint
 
     last = fingerprint(target).num_layers - 1
     return [0, last // 3, last]

@@ -10,12 +10,12 @@ import torch
 from engines import runner, tokens
 from transformers import DynamicCache
 
-from sdfp_vllm.bridge import Bridge
-from sdfp_vllm.bridge_file import Run
 from sdfp_vllm.fit.bridged_stack import bridging
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.bridge_file import Run
+from sdfp_vllm.plan.keep import KeepSet
 
 K, NEW = 3, 16  # drafts a round, tokens an answer
 Keep = KeepSet | list[int]
@@ -73,33 +73,46 @@ def assert_drafts_are_offline(
     answers: Sequence[list[list[int]]],
     rounds: Sequence[dict[int, list[int]]],
     other_than: tuple[Keep, Bridges],
+    turned: float = 0.0,
 ) -> None:
     """Compares what `drafts_of` saw with drafts computed offline, one token at a time and as `sdfp plan` does.
 
     Args:
         other_than: A draft that would be noticed: it must differ in more than five rounds.
+        turned: Share of rounds that may differ: where activations are rounded, a sum's last bit can turn a whole step
+            of a code, and with it a near-tie.
     """
-    different = 0
+    different = one_by_one = compared = wrong = batched = 0
     for prompt, answer, seen in zip(prompts, answers, rounds, strict=True):
         text = prompt + answer[0]
         for start, drafted in list(seen.items())[:6]:
             if start < len(text):
-                assert drafted == draft_offline(stack, keep, bridges, text[: start + 1])
+                compared += 1
+                one_by_one += drafted != draft_offline(stack, keep, bridges, text[: start + 1])
                 different += drafted != draft_offline(stack, *other_than, text[: start + 1])
-        check_rollout(stack, keep, bridges, prompt, text, seen)
-    assert different > 5
+        bad, of = check_rollout(stack, keep, bridges, prompt, text, seen)
+        wrong, batched = wrong + bad, batched + of
+    assert one_by_one <= turned * compared and wrong <= turned * batched, (
+        one_by_one,
+        compared,
+        wrong,
+        batched,
+    )
+    assert different > max(5, 2 * one_by_one)
 
 
 def check_rollout(
     stack: DecoderStack, keep: Keep, bridges: Bridges, prompt: list[int], text: list[int], seen
-) -> None:
-    """The estimate that `sdfp plan` makes: as many drafts in a row agree with the text as the engine's did."""
+) -> tuple[int, int]:
+    """The estimate that `sdfp plan` makes: in how many rounds it is not what the engine's drafts came to, and of how many."""
     ids = torch.tensor([text])
     runs = DraftRollout(stack, Continuations(ids, len(prompt), torch.tensor([len(text)]))).run(
         keep, K, bridges=bridges
     )
+    wrong = of = 0
     for start, drafted in seen.items():
         after = text[start + 1 :]
         if len(after) >= K:
             agree = next((j for j in range(K) if drafted[j] != after[j]), K)
-            assert runs.lengths[0, start - len(prompt)] == agree
+            wrong, of = wrong + (int(runs.lengths[0, start - len(prompt)]) != agree), of + 1
+    return wrong, of

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from engines import write_plan
 
-from sdfp_vllm.head_file import pack_head
-from sdfp_vllm.plan import load_plan
+from sdfp_vllm.plan.head_file import pack_head
+from sdfp_vllm.plan.store import load_plan, save_plan
 
 
 def write_restricted_plan(
@@ -18,5 +18,7 @@ def write_restricted_plan(
     """Writes a plan that drafts with `tokens` only; returns its folder."""
     write_plan(model, folder, kept, k)
     described, content = pack_head(torch.tensor(sorted(tokens)), coverage=0.5)
-    load_plan(folder).model_copy(update={"head": described}).save(folder, head_tokens=content)
+    plan = load_plan(folder)
+    view = plan.view.model_copy(update={"head": described})
+    save_plan(plan.model_copy(update={"view": view}), folder, head_tokens=content)
     return str(folder)

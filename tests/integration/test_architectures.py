@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from engines import assert_identical, engine, spec_counters, tokens, write_plan
 
-from sdfp_vllm.keep import SUBLAYER_ARCHITECTURES
+from sdfp_vllm.plan.keep import SUBLAYER_ARCHITECTURES, KeepSet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from tiny_models import ARCHITECTURES, tiny_model
@@ -43,13 +43,13 @@ def model(request, tmp_path_factory) -> Path:
 
 
 def test_same_tokens_and_full_acceptance(model, tmp_path):
-    from sdfp_vllm.fingerprint import fingerprint
+    from sdfp_vllm.plan.fingerprint import fingerprint
 
     layers = fingerprint(model).num_layers
-    kept = {}
+    kept = KeepSet((0, layers - 1))
     if fingerprint(model).architecture in SUBLAYER_ARCHITECTURES:
-        kept = {"kept_layers": [layers - 1], "kept_attention": [0], "kept_mlp": [1, 2]}
-    some = write_plan(model, tmp_path / "some", [0, layers - 1], k=3, **kept)
+        kept = KeepSet(layers=(layers - 1,), attention=(0,), mlp=(1, 2))
+    some = write_plan(model, tmp_path / "some", kept, k=3)
     everything = write_plan(model, tmp_path / "all", range(layers), k=3)
     settings = dict(max_model_len=192, skip_tokenizer_init=True)
     with engine(model, **settings) as llm:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from offline_drafts import NEW, K, assert_drafts_are_offline, drafts_of
 
 from sdfp_vllm.errors import PlanError
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.plan import BRIDGE_FILE
+from sdfp_vllm.plan.parcel import BRIDGE_FILE
 
 pytestmark = pytest.mark.engine
 # Of 16 layers: runs between kept layers only; and runs before the first, and before the final norm.
@@ -74,6 +76,25 @@ def test_a_missing_tensor_file_is_refused_before_weights_are_read(target, tmp_pa
         engine(target, {"method": "sdfp", "model": plan}),
     ):
         pass
+
+
+def test_nobody_reads_the_folder_once_the_configuration_is_built(target, tmp_path):
+    """As an engine's other processes get it: pickled, and perhaps on a node without that disk."""
+    from vllm import EngineArgs
+
+    plan, bridges = write_bridged_plan(target, tmp_path / "plan", KEPT["within"], K)
+    settings = {"method": "sdfp", "model": plan}
+    args = EngineArgs(str(target), dtype="float32", speculative_config=settings)
+    config = args.create_engine_config().speculative_config
+    sent = pickle.dumps(config)
+    shutil.rmtree(plan)
+    for held in (config, pickle.loads(sent)):
+        assert held.view == config.view and held.compute_hash() == config.compute_hash()
+        there = held.parcel.bridges()
+        assert there.keys() == bridges.keys()
+        for run, bridge in bridges.items():
+            for name, tensor in bridge.tensors().items():
+                assert torch.equal(there[run].tensors()[name], tensor)
 
 
 @pytest.mark.slow

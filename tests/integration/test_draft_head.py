@@ -16,10 +16,11 @@ from restricted_plans import write_restricted_plan
 from test_sampling import LENGTH, SEQUENCES, draw
 
 from sdfp_vllm.errors import PlanError
+from sdfp_vllm.fit.head import RolledHead
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.plan import HEAD_FILE
-from sdfp_vllm.runtime.head import RestrictedHead
+from sdfp_vllm.plan.parcel import HEAD_FILE
+from sdfp_vllm.runtime.head import DraftHead
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from tiny_models import tiny_model
@@ -45,7 +46,7 @@ def test_greedy_text_is_the_targets_and_drafts_are_the_offline_jobs(
 ):
     with engine(target, {"method": "sdfp", "model": restricted}) as llm:
         head = runner(llm).drafter.model._head
-        assert isinstance(head, RestrictedHead) and head.tokens.tolist() == part
+        assert isinstance(head, DraftHead) and head.tokens.tolist() == part
         held = {id(p) for p in runner(llm).model.parameters()}
         assert {id(p) for p in runner(llm).drafter.model.parameters()} <= held
         assert_identical(tokens(llm, prompts), plain_tokens)
@@ -61,7 +62,7 @@ def test_greedy_text_is_the_targets_and_drafts_are_the_offline_jobs(
             assert set(drafted) <= set(part)
         ids = torch.tensor([text])
         rollout = DraftRollout(stack, Continuations(ids, len(prompt), torch.tensor([len(text)])))
-        runs = rollout.run(kept, K, tokens=torch.tensor(part))
+        runs = rollout.run(kept, K, head=RolledHead(stack, torch.tensor(part)))
         for start, drafted in seen.items():
             after = text[start + 1 :]
             if len(after) >= K:
@@ -116,7 +117,7 @@ def test_soft_cap_and_tied_embeddings_are_the_targets_own(tmp_path):
     plan = write_restricted_plan(model, tmp_path / "plan", range(4), K, part)
     with engine(model, {"method": "sdfp", "model": plan}, max_model_len=192, skip_tokenizer_init=True) as llm:
         target, draft = runner(llm).model, runner(llm).drafter.model
-        assert isinstance(draft._head, RestrictedHead)
+        assert isinstance(draft._head, DraftHead)
         hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             whole, got = target.compute_logits(hidden), draft.compute_logits(hidden)
@@ -146,7 +147,7 @@ def test_where_rows_cannot_be_gathered_the_full_head_drafts_and_says_so(
 
         monkeypatch.setattr(LlamaForCausalLM, "compute_logits", lifted)
     with engine(target, {"method": "sdfp", "model": restricted}) as llm:
-        assert not isinstance(runner(llm).drafter.model._head, RestrictedHead)
+        assert not isinstance(runner(llm).drafter.model._head, DraftHead)
         if broken == "quantised":
             assert_identical(tokens(llm, prompts[:4]), plain_tokens[:4])
     (line,) = said

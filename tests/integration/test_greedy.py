@@ -63,7 +63,7 @@ def test_draft_lengths(target, plan, prompts, plain_tokens, k):
 
 
 def test_all_layers_kept_accepts_everything(target, prompts, plain_tokens, tmp_path):
-    from sdfp_vllm.fingerprint import fingerprint
+    from sdfp_vllm.plan.fingerprint import fingerprint
 
     everything = write_plan(target, tmp_path, range(fingerprint(target).num_layers), k=4)
     with engine(target, {"method": "sdfp", "model": everything}) as llm:

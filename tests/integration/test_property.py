@@ -82,7 +82,7 @@ def check(target, prompts, tmp_path_factory):
         want = play(llm, arrivals)
 
     def run(drawn: Engine, mixes: list[list[Request]]) -> None:
-        from sdfp_vllm.fingerprint import fingerprint
+        from sdfp_vllm.plan.fingerprint import fingerprint
 
         last = fingerprint(target).num_layers - 1
         kept = sorted({round(place * last) for place in drawn.kept})

@@ -71,8 +71,8 @@ def test_same_tokens_but_for_near_ties(target, prompts, kept, tmp_path, case):
 
 def test_quantised_model_needs_a_plan_of_its_own(target, plan, tmp_path):
     from sdfp_vllm.errors import PlanError
-    from sdfp_vllm.fingerprint import fingerprint
-    from sdfp_vllm.plan import load_plan
+    from sdfp_vllm.plan.fingerprint import fingerprint
+    from sdfp_vllm.plan.store import load_plan
 
     model = quantise(target, tmp_path, "w8a8")
     with pytest.raises(PlanError, match="made for another model: sha256"):

@@ -6,15 +6,21 @@ GPUs and compiled graphs. The workers are vLLM's own `RayWorkerWrapper`, in real
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import Any
 
 import pytest
+import torch
+from bridged_plans import write_bridged_plan
 from engines import engine, spec_counters, tokens
 from vllm.platforms import current_platform
 from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 from vllm.v1.executor.abstract import Executor
 
+from sdfp_vllm.plan.head_file import pack_head
+from sdfp_vllm.plan.parcel import BRIDGE_FILE
+from sdfp_vllm.plan.store import load_plan, save_plan
 from sdfp_vllm.ray_cluster import ray_cluster
 
 ray = pytest.importorskip("ray")
@@ -72,7 +78,7 @@ def found_in(worker: Any) -> tuple[str, list[int], bool]:
 
     config = worker.vllm_config.speculative_config
     drafter = type(worker.model_runner.drafter).__name__
-    return drafter, config.kept_layers, getattr(EngineArgs, "_sdfp_patched", False)
+    return drafter, list(config.view.layers), getattr(EngineArgs, "_sdfp_patched", False)
 
 
 def test_plan_and_patches_reach_every_ray_worker(target, plan, kept, prompts, plain_tokens):
@@ -86,3 +92,36 @@ def test_plan_and_patches_reach_every_ray_worker(target, plan, kept, prompts, pl
         assert llm.collective_rpc(found_in) == [("SdfpProposer", kept, True)] * 2
         assert tokens(llm, prompts[:8]) == plain_tokens[:8]
         assert spec_counters(llm)["num_accepted_tokens"] > 0
+
+
+def test_no_worker_opens_a_file_of_the_plan(target, kept, prompts, plain_tokens, tmp_path):
+    """Its folder is gone before a worker starts: bridges and the head's tokens come with the configuration."""
+    folder, _ = write_bridged_plan(target, tmp_path / "plan", kept, 3)
+    plan = load_plan(folder)
+    part = sorted({t for answer in plain_tokens for t in answer[0]})[1:]
+    head, content = pack_head(torch.tensor(part), coverage=0.5)
+    view = plan.view.model_copy(update={"head": head})
+    bridges = (tmp_path / "plan" / BRIDGE_FILE).read_bytes()
+    save_plan(plan.model_copy(update={"view": view}), folder, bridges, content)
+
+    class WithoutFolder(RayActorExecutor):
+        def _init_executor(self) -> None:
+            shutil.rmtree(folder)
+            super()._init_executor()
+
+    def held_by(worker: Any) -> tuple[int, int]:
+        config = worker.vllm_config.speculative_config
+        return len(config.parcel.bridges()), len(worker.model_runner.drafter.model._head.tokens)
+
+    with (
+        ray_cluster("local", where="test", cpus=2),
+        engine(
+            target,
+            {"method": "sdfp", "model": folder},
+            distributed_executor_backend=WithoutFolder,
+            async_scheduling=False,
+        ) as llm,
+    ):
+        assert llm.collective_rpc(held_by) == [(len(plan.view.bridges.runs), len(part))]
+        assert tokens(llm, prompts[:8]) == plain_tokens[:8]
+        assert spec_counters(llm)["num_draft_tokens"] > 0

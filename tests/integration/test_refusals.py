@@ -19,6 +19,8 @@ import pytest
 from engines import engine, runner, write_plan
 
 from sdfp_vllm.errors import PlanError, SdfpError
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.view import DraftView
 
 pytestmark = pytest.mark.engine
 
@@ -70,9 +72,9 @@ def refused(model: Path | str, *flags: str) -> SdfpError:
 def test_the_same_command_without_a_mistake_is_taken(model, its_plan):
     config = configure(model, "--speculative-model", its_plan, "--num-speculative-tokens", "2")
     speculative = config.speculative_config
-    assert (speculative.method, speculative.kept_layers, speculative.num_speculative_tokens) == (
+    assert (speculative.method, speculative.view, speculative.num_speculative_tokens) == (
         "sdfp",
-        [0, 1],
+        KeepSet((0, 1)),
         2,
     )
 
@@ -237,6 +239,8 @@ def test_setting_without_a_meaning(model, its_plan, name):
         ("num_speculative_tokens_per_batch_size", [[1, 4]]),
         ("num_speculative_tokens_per_batch_size", "often"),
         ("enforce_eager", "perhaps"),
+        ("precision", "int8"),
+        ("precision", None),
         ("model", 7),
     ],
 )
@@ -306,8 +310,8 @@ def test_plan_for_another_revision(model, target, tmp_path, monkeypatch):
     [
         (lambda text: text[: len(text) // 2], "is not JSON"),
         (lambda text: "[]", "is not a JSON object"),
-        (lambda text: text.replace('"schema_version": 2', '"schema_version": 3'), "schema_version"),
-        (lambda text: re.sub(r'"kept_layers": \[\s*0', '"kept_layers": [-4', text), "kept_layers"),
+        (lambda text: text.replace('"schema_version": 3', '"schema_version": 2'), "schema_version"),
+        (lambda text: re.sub(r'"attention": \[\s*"full"', '"attention": [-4', text), "view.attention.0"),
         (lambda text: text.replace('"speedup": 1.1', '"speedup": NaN'), "prediction.speedup"),
         (lambda text: text.replace('"worthwhile"', '"worth_while"'), "worth"),
     ],
@@ -321,6 +325,20 @@ def test_damaged_plan(model, its_plan, tmp_path, damage, says):
     assert isinstance(error, PlanError)
     assert str(tmp_path / "plan.json") in error.where and says in f"{error.where} {error.what}"
     assert "sdfp plan MODEL" in error.way_out
+
+
+def test_plan_with_a_precision_that_has_no_kernel_here(model, tmp_path):
+    """vLLM has no mxfp4 kernel for CPUs; the same branches draft at full precision where that is asked for."""
+    plan = write_plan(model, tmp_path, DraftView.at([0, 1], {("mlp", 1): "mxfp4"}), k=2)
+    error = refused(model, "--speculative-model", plan)
+    assert error.where.endswith("precision mxfp4") and str(model) in error.where
+    assert "sdfp plan MODEL" in error.way_out and '{"precision": "full"}' in error.way_out
+    settings = {"method": "sdfp", "model": plan, "precision": "full"}
+    speculative = configure(model, "--speculative-config", json.dumps(settings)).speculative_config
+    assert speculative.view == KeepSet((0, 1)) and speculative.plan.extra_bytes == 0
+    settings["precision"] = "planned"
+    again = refused(model, "--speculative-config", json.dumps(settings))
+    assert str(again) == str(error)
 
 
 # ---------------------------------------------------------------- as a user meets them

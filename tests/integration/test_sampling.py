@@ -13,6 +13,7 @@ from bigram import VOCAB, z_score
 from engines import engine, pacing_by_hand, runner, spec_counters, write_plan
 from exact_sampling import THRESHOLD
 
+from sdfp_vllm.plan.view import DraftView
 from sdfp_vllm.runtime import proposer
 
 pytestmark = pytest.mark.engine
@@ -20,13 +21,20 @@ pytestmark = pytest.mark.engine
 SEQUENCES, LENGTH = 256, 100
 
 
-@pytest.fixture(scope="module", params=["probabilistic", "greedy", "paced", "paced greedy"])
+@pytest.fixture(scope="module", params=["probabilistic", "greedy", "paced", "paced greedy", "rounded"])
 def llm(request, bigram, tmp_path_factory):
-    """Drafts that are sampled ("probabilistic") and one-hot ("greedy"); "paced": as many as pays, or copied."""
+    """Drafts that are sampled ("probabilistic") and one-hot ("greedy"); "paced": as many as pays, or copied; "rounded":
+    sampled from a draft of int8 weights."""
     paced, greedy = "paced" in request.param, "greedy" in request.param
     # Nearly free drafts: a batch of 256 is drafted for in depth, and much is at stake for a wrong kernel.
     pacing = {"pacing": pacing_by_hand(row_ms=0.002, draft_ms=[0.01, 0.02])} if paced else {}
-    plan = write_plan(bigram, tmp_path_factory.mktemp("plan"), [0, 3], k=3, **pacing)
+    plan = write_plan(
+        bigram,
+        tmp_path_factory.mktemp("plan"),
+        DraftView.at([0, 3], "int8" if request.param == "rounded" else "full"),
+        k=3,
+        **pacing,
+    )
     settings = {
         "method": "sdfp",
         "model": plan,

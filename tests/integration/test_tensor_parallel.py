@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
-from engines import assert_identical, engine, spec_counters, tokens
+from engines import assert_identical, engine, spec_counters, tokens, write_plan
 from restricted_plans import write_restricted_plan
+
+from sdfp_vllm.plan.schema import DraftHead, StoredView
+from sdfp_vllm.plan.view import DraftView
 
 pytestmark = [
     pytest.mark.engine,
@@ -51,6 +54,25 @@ def test_same_tokens_with_a_restricted_head(target, kept, prompts, tmp_path):
         sum(g == w for g, w in zip(got, want, strict=True)) >= 15
     )  # two ranks may round a tie the other way
     assert accepted[1] == pytest.approx(accepted[0], rel=0.05)
+
+
+def test_same_tokens_on_rounded_shards(target, prompts, tmp_path):
+    """Each rank rounds its own shard; drafts are as good as one rank's."""
+    view = DraftView.at(range(16), "int8")
+    plan = write_plan(
+        target, tmp_path, view, 3, view=StoredView.of(view, 16, head=DraftHead(precision="int8"))
+    )
+    some = prompts[:16]
+    with engine(target, **SETTINGS) as llm:
+        want = tokens(llm, some)
+    accepted = []
+    for settings in ({}, SETTINGS):
+        with engine(target, {"method": "sdfp", "model": plan}, **settings) as llm:
+            got = tokens(llm, some)
+            counters = spec_counters(llm)
+            accepted.append(counters["num_accepted_tokens"] / counters["num_draft_tokens"])
+    assert_identical(got, want)
+    assert accepted[1] == pytest.approx(accepted[0], abs=0.05)
 
 
 def test_ranks_draw_the_same_drafts_under_a_cut(target, plan, prompts):

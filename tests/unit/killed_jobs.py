@@ -17,7 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-OPTIONS: dict[str, Any] = dict(sequences=24, length=16, text_sequences=4, prompt=8, new_tokens=8, layers=2)
+OPTIONS: dict[str, Any] = dict(
+    sequences=24, length=16, text_sequences=4, prompt=8, new_tokens=8, layers=2, score_text="corpus",
+    run_check=False, precision="full",
+)  # fmt: skip
 _STEPS = ("replace", "fsync", "unlink")  # what the job's writes are made of
 
 

@@ -10,12 +10,14 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_plan import make_plan
+from test_plan import VIEW, make_plan, stored
 
-from sdfp_vllm.bridge import Bridge
-from sdfp_vllm.bridge_file import load_bridges, pack_bridges
 from sdfp_vllm.errors import PlanError
-from sdfp_vllm.plan import BRIDGE_FILE, PLAN_FILE, BridgeRun, SkipPlan, load_plan, runs_skipped
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.bridge_file import pack_bridges
+from sdfp_vllm.plan.parcel import BRIDGE_FILE, PLAN_FILE
+from sdfp_vllm.plan.schema import BridgeRun, SkipPlan, runs_skipped
+from sdfp_vllm.plan.store import load_parcel, load_plan, save_plan
 
 HIDDEN, RUN = 8, (1, 2)  # make_plan: 4 layers, 0 and 3 kept
 
@@ -36,13 +38,13 @@ def bridge(kind: str, rank: int = 3) -> Bridge:
 def described(kind: str = "low-rank") -> tuple[SkipPlan, bytes]:
     runs = [BridgeRun(first=1, last=2, regularisation=0.1, error=0.5)]
     description, content = pack_bridges(runs, {RUN: bridge(kind)})
-    return make_plan(bridges=description), content
+    return make_plan(view=stored(VIEW, bridges=description)), content
 
 
 @pytest.fixture
 def folder(tmp_path):
     plan, content = described()
-    plan.save(tmp_path, content)
+    save_plan(plan, tmp_path, content)
     return tmp_path
 
 
@@ -50,16 +52,16 @@ def forge(folder, content: bytes) -> None:
     """Puts `content` in place of the tensors, with a plan that vouches for it."""
     (folder / BRIDGE_FILE).write_bytes(content)
     raw = json.loads((folder / PLAN_FILE).read_text())
-    raw["bridges"]["sha256"] = hashlib.sha256(content).hexdigest()
+    raw["view"]["bridges"]["sha256"] = hashlib.sha256(content).hexdigest()
     (folder / PLAN_FILE).write_text(json.dumps(raw))
 
 
 @pytest.mark.parametrize("kind", ["bias", "affine", "low-rank"])
 def test_round_trip(tmp_path, kind):
     plan, content = described(kind)
-    plan.save(tmp_path, content)
+    save_plan(plan, tmp_path, content)
     assert load_plan(tmp_path) == plan
-    (read,) = load_bridges(tmp_path, plan).values()
+    (read,) = load_parcel(tmp_path).bridges().values()
     want = bridge(kind)
     assert read.kind == kind and read.tensors().keys() == want.tensors().keys()
     for name, tensor in want.tensors().items():
@@ -83,17 +85,17 @@ def test_formulas():
 
 
 def test_a_plan_without_bridges_replaces_one_with_them(folder):
-    make_plan().save(folder)
-    assert load_plan(folder).bridges == "none"
+    save_plan(make_plan(), folder)
+    assert load_plan(folder).view.bridges is None and load_parcel(folder).bridges() == {}
     assert [p.name for p in folder.iterdir()] == [PLAN_FILE]
 
 
 def test_plan_and_tensors_are_saved_together(tmp_path):
     plan, content = described()
     with pytest.raises(ValueError, match="tensors"):
-        plan.save(tmp_path)
+        save_plan(plan, tmp_path)
     with pytest.raises(ValueError, match="tensors"):
-        make_plan().save(tmp_path, content)
+        save_plan(make_plan(), tmp_path, content)
 
 
 def test_a_failed_write_of_the_plan_is_noticed_not_served(folder, monkeypatch):
@@ -154,7 +156,7 @@ def test_a_file_of_any_size_is_not_read(folder):
 )
 def test_a_wrong_description_is_refused(folder, changes):
     raw = json.loads((folder / PLAN_FILE).read_text())
-    raw["bridges"] |= changes
+    raw["view"]["bridges"] |= changes
     (folder / PLAN_FILE).write_text(json.dumps(raw))
     with pytest.raises(PlanError, match="bridges"):
         load_plan(folder)
@@ -180,7 +182,7 @@ def test_any_mutation_of_the_tensors_gives_bridges_or_our_error(tmp_path_factory
     if data.draw(st.booleans()):
         blob = blob[: data.draw(st.integers(0, len(blob)))]
     blob += data.draw(st.binary(max_size=16))
-    plan.save(folder, content)
+    save_plan(plan, folder, content)
     if vouched:
         forge(folder, bytes(blob))
     else:
@@ -190,6 +192,6 @@ def test_any_mutation_of_the_tensors_gives_bridges_or_our_error(tmp_path_factory
     except PlanError as e:
         assert str(folder) in str(e) and e.way_out
     else:
-        (read,) = load_bridges(folder, load_plan(folder)).values()
+        (read,) = load_parcel(folder).bridges().values()
         assert all(torch.isfinite(t).all() for t in read.tensors().values())
         assert vouched or bytes(blob) == content

@@ -8,7 +8,6 @@ from test_cost import cost
 from tiny_models import ARCHITECTURES, tiny_ids, tiny_model
 from transformers import DynamicCache
 
-from sdfp_vllm.bridge import Bridge
 from sdfp_vllm.fit import bridged_search
 from sdfp_vllm.fit import bridges as bridges_module
 from sdfp_vllm.fit.bridged_search import MARGIN, search_bridged
@@ -17,7 +16,8 @@ from sdfp_vllm.fit.bridges import BridgeFitter, FittedBridges, fit_bridge
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.plan import BridgeRun, FitScore, LayerScore
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.schema import BridgeRun, FitScore, LayerScore
 
 ROWS, HIDDEN, RANK = 200, 24, 3
 HELD = torch.arange(ROWS) >= 150
@@ -221,7 +221,6 @@ def choose(request: str, plain: int, bridge_ms: float = 0.0, **bridged: int):
         layer=[1.0] * 9,
         head=[0.0] * 9,
         num_layers=8,
-        max_rows=9,
         round_overhead_ms=0.0,
         draft_overhead_ms=0.0,
     )
@@ -261,7 +260,8 @@ def test_a_kind_by_name_is_taken_even_where_it_loses_and_its_time_is_reckoned():
     found = choose("bias", 4, bridge_ms=0.5, bias=3)
     assert found.fitted.bridges[1, 1].kind == "bias"
     assert found.choice.prediction.speedup == pytest.approx(4 * 8 / (3 * (4 + 4 * 0.5) + 8))
-    assert found.cost_model().draft_overhead_ms == pytest.approx(0.5)  # one bridge was kept
+    assert found.costs().draft_overhead_ms == pytest.approx(0.5)  # one bridge was kept
+    assert found.costs().bridge_ms == 0.0
     assert choose("none", 4).fitted.runs == []
 
 

@@ -12,8 +12,20 @@ from test_search import scores
 from typer.testing import CliRunner
 
 from sdfp_vllm.cli import app
-from sdfp_vllm.fingerprint import Fingerprint
-from sdfp_vllm.plan import Candidate, Prediction, Provenance, SkipPlan
+from sdfp_vllm.plan.fingerprint import Fingerprint
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.schema import Candidate, Prediction, Provenance, SkipPlan, StoredView
+from sdfp_vllm.plan.store import save_plan
+
+KEEP = KeepSet((0, 3))
+
+
+def stored(view: KeepSet, **changes) -> StoredView:
+    return StoredView.of(view, 4).model_copy(update=changes)
+
+
+def point(view: KeepSet, **fields) -> Candidate:
+    return Candidate(attention=stored(view).attention, mlp=stored(view).mlp, **fields)
 
 
 def make(**changes) -> SkipPlan:
@@ -22,14 +34,14 @@ def make(**changes) -> SkipPlan:
         "fingerprint": Fingerprint(
             architecture="LlamaForCausalLM", num_layers=4, hidden_size=8, vocab_size=9, sha256="0" * 64
         ),
-        "kept_layers": [0, 3],
+        "view": stored(KEEP),
         "num_speculative_tokens": 2,
         "worthwhile": True,
         "prediction": Prediction(acceptance_rate=0.8, mean_accepted_length=2.6, speedup=1.5),
         "scores": scores([3.0, 0.5, 1.0, 2.0]),
         "curve": [
-            Candidate(kept_layers=[0], acceptance=[0.1], speedup=[1.0, 0.7]),
-            Candidate(kept_layers=[0, 3], acceptance=[0.9, 0.8], speedup=[1.0, 1.2, 1.5]),
+            point(KeepSet((0,)), acceptance=[0.1], speedup=[1.0, 0.7]),
+            point(KEEP, acceptance=[0.9, 0.8], speedup=[1.0, 1.2, 1.5]),
         ],
         "made": Provenance(
             calibration="a text",
@@ -64,7 +76,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_shows_a_folder_and_a_file(sdfp, tmp_path):
-    path = make().save(tmp_path)
+    path = save_plan(make(), tmp_path)
     by_folder, by_file = sdfp("show", tmp_path), sdfp("show", path)
     assert by_folder.exit_code == by_file.exit_code == 0
     assert by_folder.output == by_file.output
@@ -75,7 +87,7 @@ def test_shows_a_folder_and_a_file(sdfp, tmp_path):
 
 
 def test_says_plainly_when_nothing_beats_plain_decoding(sdfp, tmp_path):
-    make(worthwhile=False).save(tmp_path)
+    save_plan(make(worthwhile=False), tmp_path)
     assert "Nothing beats plain decoding on this machine" in sdfp("show", tmp_path).output
 
 
@@ -93,14 +105,14 @@ def test_a_refusal_is_one_line_and_exit_code_2(sdfp, tmp_path, monkeypatch, argu
 
 
 def test_the_page_escapes_what_it_prints_and_stands_alone(sdfp, tmp_path):
-    make().save(tmp_path)
+    save_plan(make(), tmp_path)
     assert sdfp("show", tmp_path, "--html", tmp_path / "deep" / "plan.html").exit_code == 0
     page = (tmp_path / "deep" / "plan.html").read_text()
     assert "some/&lt;model&gt;" in page and "<model>" not in page
 
 
 def test_a_picture_without_matplotlib_names_the_extra(sdfp, tmp_path, monkeypatch):
-    make().save(tmp_path)
+    save_plan(make(), tmp_path)
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -114,7 +126,7 @@ def test_a_picture_without_matplotlib_names_the_extra(sdfp, tmp_path, monkeypatc
 
 
 def test_a_file_that_cannot_be_written_is_refused(sdfp, tmp_path):
-    make().save(tmp_path)
+    save_plan(make(), tmp_path)
     (tmp_path / "file").touch()
     for flag in ("--png", "--html"):
         result = sdfp("show", tmp_path, flag, Path(tmp_path / "file" / "x"))
@@ -122,12 +134,12 @@ def test_a_file_that_cannot_be_written_is_refused(sdfp, tmp_path):
 
 
 def test_show_tells_single_branches(sdfp, tmp_path):
-    keep = {"kept_layers": [0], "kept_attention": [2], "kept_mlp": [3]}
+    keep = KeepSet((0,), attention=(2,), mlp=(3,))
     curve = [
-        Candidate(kept_layers=[0], acceptance=[0.1], speedup=[1.0, 0.7]),
-        Candidate(**keep, acceptance=[0.9, 0.8], speedup=[1.0, 1.2, 1.5]),
+        point(KeepSet((0,)), acceptance=[0.1], speedup=[1.0, 0.7]),
+        point(keep, acceptance=[0.9, 0.8], speedup=[1.0, 1.2, 1.5]),
     ]
-    make(**keep, curve=curve).save(tmp_path)
+    save_plan(make(view=stored(keep), curve=curve), tmp_path)
     shown = sdfp("show", tmp_path, "--html", tmp_path / "page.html", "--png", tmp_path / "page.png")
     assert shown.exit_code == 0, shown.output
     assert "1 + 1 attention + 1 MLP of 4 layers draft 2 tokens" in shown.output

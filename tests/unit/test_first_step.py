@@ -9,7 +9,7 @@ from test_rollout import _text, _tiny
 from sdfp_vllm.fit.first_step import FirstStep, gates_of
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.shared_attention import rollout_attention
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.keep import KeepSet
 
 KEEP = KeepSet(layers=(3,), attention=(0,), mlp=(1,))
 

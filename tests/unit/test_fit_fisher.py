@@ -9,7 +9,9 @@ from tiny_models import ARCHITECTURES, VOCAB, tiny_ids, tiny_model
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.fisher import fisher_scores, fisher_sums, layer_scores
 from sdfp_vllm.fit.fisher_sums import FisherSums
+from sdfp_vllm.fit.scores import with_rounding
 from sdfp_vllm.fit.stack import DecoderStack
+from sdfp_vllm.rounding import dequantised, round_weight
 
 
 def brute_force(stack: DecoderStack, ids: torch.Tensor) -> list[dict]:
@@ -36,7 +38,11 @@ def brute_force(stack: DecoderStack, ids: torch.Tensor) -> list[dict]:
 
 def flat(scores) -> torch.Tensor:
     return torch.tensor(
-        [list(getattr(s, b).model_dump().values()) for s in scores for b in ("total", "attention", "mlp")],
+        [
+            list(getattr(s, b).model_dump(exclude={"rounding_scores"}).values())
+            for s in scores
+            for b in ("total", "attention", "mlp")
+        ],
         dtype=torch.float64,
     )
 
@@ -297,3 +303,40 @@ def test_a_layer_that_does_nothing_scores_lowest():
     scores = fisher_scores(DecoderStack(model), tiny_ids(4))
     assert min(scores, key=lambda s: s.total.diagonal_score).layer == 2
     assert scores[2].total.diagonal_score == 0.0
+
+
+# ---------------------------------------------------------------- scores of rounding
+def test_rounding_scores_are_the_trace_times_the_mean_squared_perturbation():
+    # Inputs that int4's groups of 32 fit into.
+    stack = DecoderStack(tiny_model(hidden_size=32, intermediate_size=64, head_dim=8))
+    plain = fisher_scores(stack, tiny_ids())
+    scored = with_rounding(stack, plain, ["full", "int8", "int4"])
+    for i, (before, after) in enumerate(zip(plain, scored, strict=True)):
+        assert after.total == before.total
+        for branch in ("attention", "mlp"):
+            theta = [p.detach() for _, p in getattr(stack, f"{branch}_parameters")(i)]
+            count = sum(p.numel() for p in theta)
+            got = getattr(after, branch)
+            assert set(got.rounding_scores) == {"int8", "int4"}
+            for precision, score in got.rounding_scores.items():
+                squares = 0.0
+                for p in theta:
+                    if p.ndim == 2:  # norms stay as they are
+                        rounded = dequantised(round_weight(p, precision), torch.float64)
+                        squares += (rounded - p).square().sum().item()
+                assert score == pytest.approx(got.fisher_trace * squares / count, rel=1e-6)
+            assert 0 < got.rounding_scores["int8"] < got.rounding_scores["int4"] < got.trace_score
+            unscored = got.model_copy(update={"rounding_scores": {}})
+            assert unscored == getattr(before, branch)
+
+
+def test_what_has_no_rounded_copy_has_no_such_score():
+    stack = DecoderStack(tiny_model("mixtral"))
+    for s in with_rounding(stack, fisher_scores(stack, tiny_ids()), ["full", "int8"]):
+        assert set(s.attention.rounding_scores) == {"int8"} and s.mlp.rounding_scores == {}
+
+
+def test_without_lower_precisions_nothing_is_scored():
+    stack = DecoderStack(tiny_model())
+    plain = fisher_scores(stack, tiny_ids())
+    assert with_rounding(stack, plain, ["full"]) == plain

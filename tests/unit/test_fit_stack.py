@@ -18,7 +18,7 @@ from transformers import (
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.keep import KeepSet
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

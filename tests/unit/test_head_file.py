@@ -9,26 +9,27 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_plan import make_plan
+from test_plan import VIEW, make_plan, stored
 
 from sdfp_vllm.errors import PlanError
-from sdfp_vllm.head_file import head_at, load_head, pack_head
-from sdfp_vllm.plan import HEAD_FILE, PLAN_FILE, SkipPlan, load_plan
-from sdfp_vllm.plan_parcel import PlanParcel
-from sdfp_vllm.tensor_file import pack_tensors
+from sdfp_vllm.plan.head_file import pack_head
+from sdfp_vllm.plan.parcel import HEAD_FILE, PLAN_FILE
+from sdfp_vllm.plan.schema import DraftHead, SkipPlan
+from sdfp_vllm.plan.store import load_parcel, load_plan, save_plan
+from sdfp_vllm.plan.tensor_file import pack_tensors
 
 TOKENS = [0, 3, 4, 15]  # make_plan: a vocabulary of 16
 
 
 def described(tokens=TOKENS) -> tuple[SkipPlan, bytes]:
     head, content = pack_head(torch.tensor(tokens), coverage=0.75)
-    return make_plan(head=head), content
+    return make_plan(view=stored(VIEW, head=head)), content
 
 
 @pytest.fixture
 def folder(tmp_path):
     plan, content = described()
-    plan.save(tmp_path, head_tokens=content)
+    save_plan(plan, tmp_path, head_tokens=content)
     return tmp_path
 
 
@@ -37,39 +38,45 @@ def forge(folder, tensors: dict) -> None:
     content, sha256 = pack_tensors(tensors)
     (folder / HEAD_FILE).write_bytes(content)
     raw = json.loads((folder / PLAN_FILE).read_text())
-    raw["head"] |= {"sha256": sha256, "tokens": len(next(iter(tensors.values())))}
+    raw["view"]["head"] |= {"sha256": sha256, "tokens": len(next(iter(tensors.values())))}
     (folder / PLAN_FILE).write_text(json.dumps(raw))
 
 
 def test_round_trip_and_the_plan_stays_small(folder):
     plan = load_plan(folder)
-    assert plan == described()[0] and plan.head.tokens == 4
-    assert load_head(folder, plan).tolist() == TOKENS == head_at(folder, plan.head.sha256).tolist()
-    assert head_at(folder, "") is None and load_head(folder, make_plan()) is None
-    assert "15" not in json.dumps(json.loads((folder / PLAN_FILE).read_text())["head"]["tokens"])
+    assert plan == described()[0] and plan.view.head.tokens == 4
+    tokens = load_parcel(folder).tokens()
+    assert tokens is not None and tokens.tolist() == TOKENS and tokens.dtype == torch.int64
+    assert "15" not in json.dumps(json.loads((folder / PLAN_FILE).read_text())["view"]["head"]["tokens"])
 
 
 def test_a_plan_without_a_restricted_head_replaces_one_with_it(folder):
-    make_plan().save(folder)
-    assert load_plan(folder).head == "full"
+    save_plan(make_plan(view=stored(VIEW)), folder)
+    assert load_plan(folder).view.head == DraftHead() and load_parcel(folder).tokens() is None
     assert [p.name for p in folder.iterdir()] == [PLAN_FILE]
 
 
 def test_plan_and_tokens_are_saved_together(tmp_path):
     plan, content = described()
     with pytest.raises(ValueError, match="tensors"):
-        plan.save(tmp_path)
+        save_plan(plan, tmp_path)
     with pytest.raises(ValueError, match="tensors"):
-        make_plan().save(tmp_path, head_tokens=content)
+        save_plan(make_plan(), tmp_path, head_tokens=content)
 
 
-def test_tokens_travel_with_the_plan(folder, tmp_path_factory, monkeypatch):
-    from sdfp_vllm import plan_parcel
-
-    monkeypatch.setattr(plan_parcel, "find_plan", lambda model, plan: (load_plan(plan), folder))
+def test_tokens_travel_with_the_plan(folder, tmp_path_factory):
     there = tmp_path_factory.mktemp("there")
-    PlanParcel.read("model", str(folder)).write(there)
-    assert load_head(there, load_plan(there)).tolist() == TOKENS
+    load_parcel(folder).write(there)
+    tokens = load_parcel(there).tokens()
+    assert tokens is not None and tokens.tolist() == TOKENS
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+def test_the_heads_precision_is_described(tmp_path, precision):
+    head, content = pack_head(torch.tensor(TOKENS), coverage=0.75, precision=precision)
+    save_plan(make_plan(view=stored(VIEW, head=head)), tmp_path, head_tokens=content)
+    read = load_plan(tmp_path).view.head
+    assert (read.precision, read.coverage, read.tokens) == (precision, 0.75, 4)
 
 
 @pytest.mark.parametrize(
@@ -102,22 +109,24 @@ def test_missing_and_other_tokens_are_named(folder):
         load_plan(folder)
 
 
-def test_a_plan_replaced_while_the_engine_starts_is_noticed(folder):
-    sha256 = load_plan(folder).head.sha256
+def test_a_plan_replaced_while_the_engine_starts_changes_nothing(folder):
+    """What was read goes with the plan that was read."""
+    parcel = load_parcel(folder)
     plan, content = described([1, 2])
-    plan.save(folder, head_tokens=content)
-    with pytest.raises(PlanError, match="replaced"):
-        head_at(folder, sha256)
+    save_plan(plan, folder, head_tokens=content)
+    tokens = parcel.tokens()
+    assert tokens is not None and tokens.tolist() == TOKENS
+    assert parcel.plan == described()[0] != load_plan(folder)
 
 
 @pytest.mark.parametrize(
     "head",
-    ["restricted", 5, None, {}, {"tokens": 4, "coverage": 1.5, "sha256": "a" * 64}, {"tokens": 0, "coverage": 1, "sha256": "a" * 64},
+    ["restricted", 5, None, {"tokens": 4}, {"tokens": 4, "coverage": 1.5, "sha256": "a" * 64}, {"tokens": 0, "coverage": 1, "sha256": "a" * 64},
      {"tokens": 4, "coverage": 1.0, "sha256": "a" * 64, "file": "../../etc/passwd"}],
 )  # fmt: skip
 def test_a_wrong_description_is_refused(folder, head):
     raw = json.loads((folder / PLAN_FILE).read_text())
-    raw["head"] = head
+    raw["view"]["head"] = head
     (folder / PLAN_FILE).write_text(json.dumps(raw))
     with pytest.raises(PlanError, match="head"):
         load_plan(folder)
@@ -138,10 +147,11 @@ def test_any_mutation_of_the_tokens_gives_a_head_or_our_error(tmp_path_factory, 
         blob = blob[: data.draw(st.integers(0, len(blob)))]
     if vouched:
         sha256 = hashlib.sha256(bytes(blob)).hexdigest()
-        plan = plan.model_copy(update={"head": plan.head.model_copy(update={"sha256": sha256})})
-    plan.save(folder, head_tokens=bytes(blob))
+        head = plan.view.head.model_copy(update={"sha256": sha256})
+        plan = make_plan(view=stored(VIEW, head=head))
+    save_plan(plan, folder, head_tokens=bytes(blob))
     try:
-        read = load_head(folder, load_plan(folder)).tolist()
+        read = load_parcel(folder).tokens().tolist()
     except PlanError as e:
         assert str(folder) in str(e) and e.way_out
     else:

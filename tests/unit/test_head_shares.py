@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdfp_vllm.runtime.head import RestrictedHead, _shares
+from sdfp_vllm.runtime.head import DraftHead, _shares
 
 VOCAB, HIDDEN = 50, 8
 
@@ -33,7 +33,7 @@ def test_what_the_ranks_gather_is_the_heads_logits(ranks, tokens):
         widths.add(width)
     gathered = torch.cat(parts, dim=1)
     assert widths == {gathered.shape[1]} and len({p.shape for p in parts}) == 1
-    logits = RestrictedHead(lambda h: gathered, columns, wanted, VOCAB)(hidden)
+    logits = DraftHead(lambda h: gathered, columns, wanted, VOCAB, rows=None)(hidden)  # type: ignore[arg-type]
     want = torch.full((3, VOCAB), -torch.inf)
     want[:, wanted] = (hidden @ weight.T)[:, wanted]
     torch.testing.assert_close(logits, want)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_search import flat_cost
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,12 +19,17 @@ from typer.testing import CliRunner
 
 from sdfp_vllm.cli import app
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fingerprint import fingerprint
+from sdfp_vllm.fit import job
 from sdfp_vllm.fit.job import make_plan
-from sdfp_vllm.plan import default_plan_dir, load_plan
+from sdfp_vllm.integration.rounded_linear import refusal
+from sdfp_vllm.plan.fingerprint import fingerprint
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.store import default_plan_dir, load_plan
 
 TEXT = "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n"
-SMALL = ["--sequences", "3", "--length", "32"]
+# The tiny model is no engine's, and its times say nothing: what runs on lower precision has tests of its own.
+QUICK = ["--no-check", "--precision", "full"]
+SMALL = ["--sequences", "3", "--length", "32", *QUICK]
 
 
 def save_tiny(folder: Path) -> Path:
@@ -75,9 +81,11 @@ def test_plan_then_show_in_the_default_place(sdfp, model, text, tmp_path):
     assert str(folder / "plan.json") in made.output
     assert f"vllm serve {model} --speculative-model sdfp" in made.output
     assert [f.name for f in folder.iterdir()] == ["plan.json"]
-    assert len(plan.scores) == 4 and plan.curve and plan.cost
-    assert plan.kept_layers in [c.kept_layers for c in plan.curve]
-    assert plan.made.calibration.startswith(str(text)) and plan.made.calibration_tokens == 96
+    assert len(plan.scores) == 4 and plan.curve and plan.costs and plan.chances and plan.check is None
+    assert plan.view.branches in [c.view for c in plan.curve]
+    assert plan.made.calibration.startswith(str(text)) and plan.made.score_text == "own"
+    assert plan.made.calibration_tokens == 3 * (64 + 64)  # prompts of 64 tokens and what the model wrote
+    assert plan.extra_bytes == 0 and plan.used_precisions() == {"full"} and plan.costs.precisions == ["full"]
     assert ("Nothing beats plain decoding" in made.output) == (not plan.worthwhile)
 
     png, html = tmp_path / "plan.png", tmp_path / "plan.html"
@@ -94,6 +102,7 @@ def test_plan_then_show_in_the_default_place(sdfp, model, text, tmp_path):
 
 def test_fixed_numbers_seed_and_folder(sdfp, model, text, tmp_path):
     fixed = ["--layers", 2, "--draft-tokens", 3, "--seed", 5, "--score-form", "diagonal", "--selector", "fit"]
+    fixed += ["--score-text", "corpus"]
     plans = []
     for name in ("a", "b"):
         made = sdfp("plan", model, "--calibration", text, *SMALL, *fixed, "-o", tmp_path / name)
@@ -101,10 +110,11 @@ def test_fixed_numbers_seed_and_folder(sdfp, model, text, tmp_path):
         assert f'"model": "{tmp_path / name}"' in made.output
         plans.append(load_plan(tmp_path / name / "plan.json"))
     a, b = plans
-    assert a.kept_layers == b.kept_layers == [0, 3] and a.num_speculative_tokens == 3
+    assert a.view == b.view and a.keep == KeepSet((0, 3)) and a.num_speculative_tokens == 3
     assert a.scores == b.scores and a.curve[0].acceptance == b.curve[0].acceptance
     assert a.prediction.mean_accepted_length == b.prediction.mean_accepted_length > 2
     assert a.made.seed == 5 and a.made.selector == "fit-diagonal"
+    assert a.made.score_text == "corpus" and a.made.calibration_tokens == 96
 
 
 @pytest.mark.parametrize(("selector", "name"), [("auto", "auto-diagonal"), ("gradient", "gradient")])
@@ -117,8 +127,63 @@ def test_selectors_write_plans_that_say_so(sdfp, model, text, tmp_path, selector
     plan = load_plan(tmp_path, expected=fingerprint(model))
     assert plan.made.selector == name
     assert plan.keep in [c.keep for c in plan.curve] and f"Kept layers: {plan.keep}" in made.output
-    assert plan.cost.attention_ms + plan.cost.mlp_ms == pytest.approx(plan.cost.layer_ms)
+    costs = plan.costs
+    assert costs is not None and costs.num_layers == 4 and costs.rows[:9] == list(range(1, 10))
+    branches = costs.layers_ms(KeepSet(attention=(0,)), 1) + costs.layers_ms(KeepSet(mlp=(0,)), 1)
+    assert branches == pytest.approx(costs.layers_ms(KeepSet((0,)), 1))
     assert name in sdfp("show", tmp_path).output
+
+
+@pytest.fixture
+def lower(monkeypatch):
+    """A machine where int8 takes half the time; its arithmetic is this machine's."""
+    if why := refusal("int8", torch.float32, 16, 24):
+        pytest.skip(why)
+    half = flat_cost(4, rounded={"int8": 0.5}, head=[0.5] * 9)
+    monkeypatch.setattr(job, "measure_costs", lambda stack, **settings: half)
+    return half
+
+
+# Bytes of an int8 copy: codes and a float32 scale a row. Fused as in the engine.
+ATTENTION = (32 * 16 + 4 * 32) + (16 * 16 + 4 * 16)
+MLP = (48 * 16 + 4 * 48) + (16 * 24 + 4 * 16)
+HEAD = 300 * 16 + 4 * 300
+
+
+@pytest.mark.parametrize("selector", ["auto", "fit", "gradient"])
+def test_what_runs_at_lower_precision_is_planned_counted_and_shown(
+    sdfp, model, text, tmp_path, lower, selector
+):
+    made = sdfp(
+        *("plan", model, "--calibration", text, "--sequences", 3, "--length", 32, "--no-check"),
+        *("--precision", "int8", "--selector", selector, "-o", tmp_path),
+    )
+    assert made.exit_code == 0, made.output
+    plan = load_plan(tmp_path, expected=fingerprint(model))
+    used = plan.view.branches.as_units()
+    assert "int8" in used.values() and plan.view.head.precision == "int8"
+    assert plan.costs == lower.model_copy(update={"draft_head": lower.head["int8"]})
+    rounded = [branch for (branch, _), precision in used.items() if precision == "int8"]
+    assert plan.extra_bytes == rounded.count("attention") * ATTENTION + rounded.count("mlp") * MLP + HEAD
+    assert f"Kept layers: {plan.view.branches}" in made.output and "int8" in made.output
+    assert "Extra weights: 0 MB" in made.output
+    for s in plan.scores:
+        assert s.attention.rounding_scores.keys() == s.mlp.rounding_scores.keys() == {"int8"}
+    shown = sdfp("show", tmp_path)
+    assert shown.exit_code == 0 and "int8" in shown.output
+
+
+@pytest.mark.parametrize(("allowed", "head"), [(0, "full"), (HEAD - 1, "full"), (HEAD + ATTENTION, "int8")])
+def test_the_memory_that_is_allowed_is_not_exceeded(sdfp, model, text, tmp_path, lower, allowed, head):
+    made = sdfp(
+        *("plan", model, "--calibration", text, "--sequences", 3, "--length", 32, "--no-check"),
+        *("--precision", "int8", "--extra-memory", f"{allowed}B", "-o", tmp_path),
+    )
+    assert made.exit_code == 0, made.output
+    plan = load_plan(tmp_path)
+    assert plan.extra_bytes <= allowed and plan.view.head.precision == head
+    if not allowed:
+        assert plan.used_precisions() == {"full"} and plan.extra_bytes == 0
 
 
 def test_interrupted_leaves_no_plan_and_resume_finishes(model, text, tmp_path):
@@ -135,7 +200,7 @@ def test_interrupted_leaves_no_plan_and_resume_finishes(model, text, tmp_path):
         "-o",
         str(out),
     ]
-    command += ["--sequences", "64", "--length", "16"]
+    command += ["--sequences", "64", "--length", "16", "--score-text", "corpus", *QUICK]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while first.poll() is None and not partial.exists():
         time.sleep(0.01)
@@ -162,6 +227,9 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(sdfp, model, 
         (["--score-form", "best"], "--score-form"),
         (["--selector", "best"], "Use one of auto, fit, gradient"),
         (["--calibration", tmp_path / "none.txt"], "no such file"),
+        (["--precision", "int3"], "Use one of auto, full, int8, fp8, int4, mxfp4"),
+        (["--extra-memory", "much"], "--extra-memory"),
+        (["--score-text", "both"], "Use one of own, corpus"),
     ]
     for arguments, reason in refused:
         result = sdfp("plan", tmp_path, "--calibration", text, *arguments)

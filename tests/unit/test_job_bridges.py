@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_job import TEXT, save_tiny
+from test_job import SMALL, TEXT, save_tiny
 from typer.testing import CliRunner
 
-from sdfp_vllm.bridge_file import load_bridges
 from sdfp_vllm.cli import app
-from sdfp_vllm.plan import BRIDGE_FILE, PLAN_FILE, load_plan
+from sdfp_vllm.plan.parcel import BRIDGE_FILE, PLAN_FILE
+from sdfp_vllm.plan.store import load_parcel, load_plan
 
 
 @pytest.fixture(scope="module", name="arguments")
@@ -18,7 +18,7 @@ def _arguments(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("model")
     text = folder / "calibration.txt"
     text.write_text(TEXT * 600)
-    fixed = ["--sequences", "3", "--length", "32", "--layers", "2", "--draft-tokens", "3"]
+    fixed = [*SMALL, "--layers", "2", "--draft-tokens", "3"]
     return ["plan", str(save_tiny(folder / "model")), "--calibration", str(text), *fixed]
 
 
@@ -30,16 +30,17 @@ def test_bridges_are_fitted_saved_and_shown_and_go_with_the_next_plan(arguments,
     made = run(arguments, tmp_path, "low-rank")
     assert made.exit_code == 0, made.output
     plan = load_plan(tmp_path)
-    assert plan.bridges != "none" and plan.bridges.kind == "low-rank" and plan.bridges.rank == 16
-    assert [(r.first, r.last) for r in plan.bridges.runs] == [(1, 2)]
-    (bridge,) = load_bridges(tmp_path, plan).values()
+    bridges = plan.view.bridges
+    assert bridges is not None and bridges.kind == "low-rank" and bridges.rank == 16
+    assert [(r.first, r.last) for r in bridges.runs] == [(1, 2)]
+    (bridge,) = load_parcel(tmp_path).bridges().values()
     assert bridge.hidden_size == plan.fingerprint.hidden_size and bridge.up.abs().max() > 0
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(tmp_path)])
     assert "low-rank of rank 16 over layers" in shown.output and "1-2" in shown.output
 
     without = run(arguments, tmp_path, "none")
     assert without.exit_code == 0, without.output
-    assert load_plan(tmp_path).bridges == "none"
+    assert load_plan(tmp_path).view.bridges is None
     assert [f.name for f in tmp_path.iterdir()] == [PLAN_FILE] != [BRIDGE_FILE]
 
 
@@ -49,7 +50,7 @@ def test_auto_never_predicts_less_than_no_bridge(arguments, tmp_path, monkeypatc
 
     from sdfp_vllm.fit import bridged_search, job
 
-    monkeypatch.setattr(job, "measure_cost", lambda stack, max_rows: flat_cost(4))
+    monkeypatch.setattr(job, "measure_costs", lambda stack, **settings: flat_cost(4))
     monkeypatch.setattr(bridged_search, "measure_bridge_ms", lambda stack, bridge: 0.01)
     plans = {}
     for bridge in ("none", "auto"):
@@ -57,7 +58,7 @@ def test_auto_never_predicts_less_than_no_bridge(arguments, tmp_path, monkeypatc
         assert made.exit_code == 0, made.output
         plans[bridge] = load_plan(tmp_path / bridge)
     none, auto = plans["none"], plans["auto"]
-    assert (auto.bridges == "none") == (auto.prediction == none.prediction)
+    assert (auto.view.bridges is None) == (auto.prediction == none.prediction)
     assert auto.prediction.speedup >= none.prediction.speedup
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from test_job import TEXT, save_tiny
+from test_job import SMALL, TEXT, save_tiny
 from typer.testing import CliRunner
 
 from sdfp_vllm.cli import app
 from sdfp_vllm.fit.calibration import count_tokens, load_calibration
-from sdfp_vllm.head_file import load_head
-from sdfp_vllm.plan import PLAN_FILE, load_plan
+from sdfp_vllm.plan.parcel import PLAN_FILE
+from sdfp_vllm.plan.schema import DraftHead
+from sdfp_vllm.plan.store import load_parcel, load_plan
 from sdfp_vllm.tokenizer import load_tokenizer
 
 
@@ -20,13 +21,15 @@ def run(*arguments: object):
 def test_a_head_is_made_saved_and_shown_and_goes_with_the_next_plan(tmp_path):
     model, text, out = save_tiny(tmp_path / "model"), tmp_path / "calibration.txt", tmp_path / "out"
     text.write_text(TEXT * 600)
-    fixed = ["--calibration", text, "--sequences", 3, "--length", 32, "--layers", 2, "--draft-tokens", 3]
+    fixed = ["--calibration", text, *SMALL, "--layers", 2, "--draft-tokens", 3]
     made = run("plan", model, *fixed, "--head", 60, "-o", out)
     assert made.exit_code == 0, made.output
     assert "Draft head: 60 of 300 tokens" in made.output
     plan = load_plan(out)
-    tokens = load_head(out, plan)
-    assert plan.head != "full" and plan.head.tokens == 60 and plan.cost.draft_head_ms is not None
+    tokens = load_parcel(out).tokens()
+    assert tokens is not None and plan.view.head.tokens == len(tokens) == 60
+    assert plan.costs is not None and plan.costs.draft_head is not None
+    assert plan.extra_bytes == 60 * 16 * 4  # its rows, at full precision
     tokenizer = load_tokenizer(model)
     assert tokenizer.eos_token_id in tokens
     written = {i for i in tokenizer(TEXT)["input_ids"]}
@@ -37,7 +40,7 @@ def test_a_head_is_made_saved_and_shown_and_goes_with_the_next_plan(tmp_path):
     for request in ([], ["--head", "full"]):
         made = run("plan", model, *fixed, *request, "-o", out)
         assert made.exit_code == 0, made.output
-        assert load_plan(out).head == "full" and [f.name for f in out.iterdir()] == [PLAN_FILE]
+        assert load_plan(out).view.head == DraftHead() and [f.name for f in out.iterdir()] == [PLAN_FILE]
 
     refused = run("plan", model, *fixed, "--head", 300, "-o", tmp_path / "never")
     assert refused.exit_code == 2 and "--head" in refused.output and not (tmp_path / "never").exists()

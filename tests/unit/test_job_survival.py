@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from killed_jobs import OPTIONS
-from test_job import TEXT, save_tiny
+from test_job import QUICK, TEXT, save_tiny
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.job import make_plan
-from sdfp_vllm.plan import load_plan
+from sdfp_vllm.plan.store import load_plan
 
 PARTIAL = ".fisher-partial.pt"
 
@@ -60,7 +60,7 @@ def test_killed_before_every_step_on_the_disk(model, text, undisturbed, tmp_path
     )
     assert not killed[0]["files"] or "plan.json" not in killed[0]["files"]
     plan = load_plan(folder)
-    assert plan.scores == undisturbed.scores and plan.kept_layers == undisturbed.kept_layers
+    assert plan.scores == undisturbed.scores and plan.view == undisturbed.view
     assert PARTIAL not in survivor["files"]
 
 
@@ -72,6 +72,7 @@ def test_no_room_ends_with_one_line_and_resume_goes_on(model, text, undisturbed,
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "sdfp_vllm.cli", "plan", model, "--calibration", text, "-o", folder]
     command += ["--sequences", "24", "--length", "16", "--layers", "2", "--draft-tokens", "2"]
+    command += ["--score-text", "corpus", *QUICK]
     done = subprocess.run(
         [str(part) for part in command],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.keep import KeepSet
 
 
 def test_branches_make_layers_where_both_run():

@@ -9,7 +9,7 @@ PROGRAM = """
 import sys
 sys.modules["triton"] = None  # what an import of a package that is not there meets
 import torch
-from sdfp_vllm.bridge import Bridge
+from sdfp_vllm.plan.bridge import Bridge
 from sdfp_vllm.kernels import draft_begin, draft_step, embed_rms_norm, skip_residual_rms_norm
 from sdfp_vllm.kernels.triton_support import HAS_TRITON
 assert not HAS_TRITON

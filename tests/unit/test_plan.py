@@ -2,65 +2,118 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from sdfp_vllm.errors import PlanError, SdfpError
-from sdfp_vllm.fingerprint import Fingerprint, fingerprint
-from sdfp_vllm.keep import KeepSet
-from sdfp_vllm.plan import (
-    PLAN_FILE,
+from sdfp_vllm.pacing.record import CONFIDENCE_EDGES
+from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.bridge_file import pack_bridges
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint
+from sdfp_vllm.plan.head_file import pack_head
+from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.parcel import PLAN_FILE
+from sdfp_vllm.plan.schema import (
+    BridgeRun,
     Candidate,
-    CostModel,
+    Chances,
+    DraftHead,
     FitScore,
     LayerScore,
     Prediction,
     Provenance,
     SkipPlan,
-    default_plan_dir,
-    load_plan,
+    Speeds,
+    StoredView,
 )
+from sdfp_vllm.plan.store import default_plan_dir, load_plan, save_plan
+from sdfp_vllm.plan.view import DraftView
 
 LAYERS = 4
+VIEW = DraftView.at(KeepSet((0, 3)), {("attention", 0): "int8", ("mlp", 3): "int8"})
+PARTIAL = DraftView.at(KeepSet((0,), attention=(1, 2), mlp=(3,)), {("attention", 1): "int8"})
+
+
+def stored(view: KeepSet, **changes) -> StoredView:
+    return StoredView.of(view, LAYERS).model_copy(update=changes)
 
 
 def make_plan(**changes) -> SkipPlan:
-    score = FitScore(fisher_trace=1.0, perturbation_variance=0.5, trace_score=0.5, diagonal_score=0.25)
+    """A plan with something in every field; its bridges and its head are beside it, so changes bring them."""
+    score = FitScore(
+        fisher_trace=1.0,
+        perturbation_variance=0.5,
+        trace_score=0.5,
+        diagonal_score=0.25,
+        rounding_scores={"int8": 0.01},
+    )
+    partial = stored(KeepSet((3,), attention=(0,), mlp=(1,)))
     plan = SkipPlan(
         model="org/model",
         fingerprint=Fingerprint(
             architecture="LlamaForCausalLM", num_layers=LAYERS, hidden_size=8, vocab_size=16, sha256="a" * 64
         ),
-        kept_layers=[0, 3],
+        view=stored(VIEW, head=DraftHead(precision="int8")),
+        extra_bytes=1000,
         num_speculative_tokens=2,
         draft_tokens_by_batch=[(1, 2), (8, 1), (32, 0)],
         worthwhile=True,
         prediction=Prediction(acceptance_rate=0.8, mean_accepted_length=2.4, speedup=1.4),
         scores=[LayerScore(layer=i, total=score, attention=score, mlp=score) for i in range(LAYERS)],
         curve=[
-            Candidate(kept_layers=[0, 3], acceptance=[0.8, 0.7], speedup=[1.0, 1.3, 1.4]),
             Candidate(
-                kept_layers=[3], kept_attention=[0], kept_mlp=[1], acceptance=[0.8], speedup=[1.0, 1.2]
+                attention=stored(VIEW).attention,
+                mlp=stored(VIEW).mlp,
+                acceptance=[0.8, 0.7],
+                speedup=[1.0, 1.3, 1.4],
             ),
+            Candidate(attention=partial.attention, mlp=partial.mlp, acceptance=[0.8], speedup=[1.0, 1.2]),
         ],
-        cost=CostModel(
-            layer_ms=1.0,
-            head_ms=0.1,
-            verify_ms=[4.1, 4.2, 4.3],
+        costs=Costs(
+            rows=[1, 2, 3],
+            attention={"full": [0.25, 0.3, 0.35], "int8": [0.125, 0.15, 0.2]},
+            mlp={"full": [0.75, 0.8, 0.85], "int8": [0.375, 0.4, 0.45]},
+            head={"full": [0.1, 0.1, 0.2], "int8": [0.05, 0.05, 0.1]},
+            draft_head=[0.05, 0.05, 0.1],
+            num_layers=LAYERS,
+            layer_overhead_ms=0.01,
             draft_overhead_ms=0.1,
             round_overhead_ms=0.2,
             device="cpu",
             dtype="float32",
             threads=2,
+            engine="compiled",
+        ),
+        chances=Chances(acceptance=[0.8, 0.7], confidence=[0.5] * (len(CONFIDENCE_EDGES) + 1)),
+        check=Speeds(
+            plain=10.0,
+            drafted=13.0,
+            copies=14.0,
+            other=9.0,
+            other_dtype="bfloat16",
+            acceptance_rate=0.75,
+            mean_accepted_length=2.3,
+            prompts=4,
+            identical=4,
+            engine="compiled",
         ),
         made=Provenance(
             calibration="stdlib",
             calibration_tokens=100,
+            score_text="own",
             seed=0,
             selector="fit",
             created="2026-01-01",
@@ -72,9 +125,17 @@ def make_plan(**changes) -> SkipPlan:
     return plan.model_copy(update=changes)
 
 
+def bridged_and_restricted() -> tuple[SkipPlan, bytes, bytes]:
+    """A plan with both files beside it, and their contents."""
+    runs = [BridgeRun(first=1, last=2, regularisation=0.1, error=0.5)]
+    bridges, tensors = pack_bridges(runs, {(1, 2): Bridge(torch.ones(8))})
+    head, tokens = pack_head(torch.tensor([0, 3, 15]), coverage=0.75, precision="int8")
+    return make_plan(view=stored(VIEW, bridges=bridges, head=head)), tensors, tokens
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    make_plan().save(tmp_path)
+    save_plan(make_plan(), tmp_path)
     return tmp_path
 
 
@@ -82,10 +143,10 @@ def edit(folder: Path, **changes) -> Path:
     path = folder / PLAN_FILE
     raw = json.loads(path.read_text())
     for dotted, value in changes.items():
-        *parents, last = dotted.split("__")
+        *parents, last = (int(key) if key.isdigit() else key for key in dotted.split("__"))
         node = raw
         for key in parents:
-            node = node[int(key) if key.isdigit() else key]
+            node = node[key]
         if value is ...:
             del node[last]
         else:
@@ -99,23 +160,88 @@ def test_round_trip_from_folder_and_from_file(folder):
 
 
 def test_plans_of_single_branches(folder):
-    """Whole layers may be none where branches of others are kept; a plan from before has no branches."""
-    assert load_plan(folder).keep == KeepSet((0, 3))
-    edit(folder, kept_layers=[], kept_attention=[0, 2], kept_mlp=[3])
-    assert load_plan(folder).keep == KeepSet(attention=(0, 2), mlp=(3,))
-    edit(folder, kept_layers=[1], kept_attention=..., kept_mlp=..., cost__attention_ms=..., cost__mlp_ms=...)
-    assert load_plan(folder).keep == KeepSet((1,)) and load_plan(folder).cost.mlp_ms is None
+    """Whole layers may be none where branches of others are kept; each has its own precision."""
+    assert load_plan(folder).keep == KeepSet((0, 3)) and load_plan(folder).view.branches == VIEW
+    edit(
+        folder,
+        view__attention=["full", "skip", "int8", "skip"],
+        view__mlp=["skip", "skip", "skip", "int8"],
+    )
+    plan = load_plan(folder)
+    assert plan.keep == KeepSet(attention=(0, 2), mlp=(3,))
+    assert plan.view.branches.as_units() == {
+        ("attention", 0): "full",
+        ("attention", 2): "int8",
+        ("mlp", 3): "int8",
+    }
+    edit(folder, view__attention=["skip", "full", "skip", "skip"], view__mlp=["skip", "full", "skip", "skip"])
+    assert load_plan(folder).view.branches == KeepSet((1,))
+
+
+def test_what_is_left_out_has_a_value_that_says_so(folder):
+    """Costs, chances and check are optional; without a head it is the target's own."""
+    optional = ("costs", "chances", "check", "extra_bytes", "draft_tokens_by_batch")
+    edit(folder, view__head=..., view__bridges=..., **dict.fromkeys(optional, ...))
+    plan = load_plan(folder)
+    assert plan.view.head == DraftHead() and plan.view.bridges is None and plan.extra_bytes == 0
+    assert plan.costs is plan.chances is plan.check is plan.pacing is None
+    assert plan.promised_speedup == plan.prediction.speedup == 1.4
+    assert make_plan().promised_speedup == pytest.approx(14 / 10)  # where it was measured, the measurement
+
+
+def test_pacing_comes_from_costs_and_chances():
+    plan = make_plan()
+    pacing, costs = plan.pacing, plan.costs
+    assert pacing is not None and costs is not None
+    assert pacing.rows == [1, 2, 3] and pacing.acceptance == [0.8, 0.7]
+    assert pacing.target_ms == [costs.target_ms(m) for m in (1, 2, 3)]
+    assert pacing.draft_ms == [costs.step_ms(VIEW, m) for m in (1, 2, 3)]
+    assert (pacing.draft_overhead_ms, pacing.round_overhead_ms) == (0.1, 0.2)
+    assert pacing.draft_ms[0] == pytest.approx(0.125 + 0.75 + 0.25 + 0.375 + 2 * 0.01 + 0.05)
+    assert make_plan(costs=None).pacing is None and make_plan(chances=None).pacing is None
+
+
+def test_the_same_plan_without_rounded_copies():
+    plan, _, _ = bridged_and_restricted()
+    full = plan.at_full_precision()
+    assert full.view.branches == KeepSet((0, 3)) == plan.keep and full.extra_bytes == 0
+    assert full.used_precisions() == {"full"} and plan.used_precisions() == {"full", "int8"}
+    assert full.view.bridges == plan.view.bridges
+    assert full.view.head == plan.view.head.model_copy(update={"precision": "full"})
+    assert full.pacing is not None and plan.pacing is not None
+    assert min(a - b for a, b in zip(full.pacing.draft_ms, plan.pacing.draft_ms, strict=True)) > 0
+    assert full.at_full_precision() == full
 
 
 def test_bridges_belong_to_whole_layers(folder):
     runs = [{"first": 1, "last": 2, "regularisation": 0.1, "error": 0.5}]
-    edit(folder, bridges={"kind": "bias", "rank": 0, "runs": runs, "sha256": "a" * 64}, kept_mlp=[1])
+    edit(
+        folder,
+        view__bridges={"kind": "bias", "rank": 0, "runs": runs, "sha256": "a" * 64},
+        view__mlp=["full", "full", "skip", "full"],
+    )
     with pytest.raises(PlanError, match="bridges belong to whole layers"):
         load_plan(folder)
 
 
+def test_a_plan_of_the_release_before_is_refused_in_one_line(tmp_path):
+    """Schema 2 had lists of layers; nothing of it is guessed at."""
+    old = {
+        "schema_version": 2,
+        "model": "org/model",
+        "kept_layers": [0, 3],
+        "bridges": "none",
+        "head": "full",
+    }
+    (tmp_path / PLAN_FILE).write_text(json.dumps(old))
+    with pytest.raises(PlanError, match=r"schema_version.*2.*reads 3.*`sdfp plan MODEL`") as e:
+        load_plan(tmp_path)
+    assert "\n" not in str(e.value)
+    assert default_plan_dir(make_plan().fingerprint).parent.name == "v3"
+
+
 def test_saving_again_replaces_and_leaves_nothing_else(folder):
-    make_plan(num_speculative_tokens=1).save(folder)
+    save_plan(make_plan(num_speculative_tokens=1), folder)
     assert load_plan(folder).num_speculative_tokens == 1
     assert [p.name for p in folder.iterdir()] == [PLAN_FILE]
 
@@ -126,7 +252,7 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(PlanError, match=r"plan\.json.*No space left.*-o"):
-        make_plan(num_speculative_tokens=1).save(folder)
+        save_plan(make_plan(num_speculative_tokens=1), folder)
     monkeypatch.undo()
     assert load_plan(folder) == make_plan()
     assert [p.name for p in folder.iterdir()] == [PLAN_FILE]
@@ -137,27 +263,38 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
     [
         ({"schema_version": 99}, "schema_version.*99.*Upgrade"),
         ({"schema_version": ...}, "schema_version.*None"),
-        ({"kept_layers": [0, 4]}, "layer 4.*4 layers"),
-        ({"kept_layers": [-1]}, "kept_layers"),
-        ({"kept_layers": [3, 0]}, "ascend"),
-        ({"kept_layers": [1, 1]}, "ascend"),
-        ({"kept_layers": []}, "kept_layers.*all empty"),
-        ({"kept_attention": [4]}, "kept_attention names layer 4"),
-        ({"kept_attention": [2, 1]}, "kept_attention must ascend"),
-        ({"kept_mlp": [-1]}, "kept_mlp"),
-        ({"kept_mlp": [1, 1]}, "kept_mlp must ascend"),
-        ({"kept_mlp": True}, "kept_mlp"),
-        ({"kept_attention": [0]}, r"must not share layers, but share \[0\]"),
-        ({"kept_attention": [1], "kept_mlp": [1]}, r"must not share layers, but share \[1\]"),
-        ({"curve__1__kept_mlp": [9]}, r"curve\[1\]\.kept_mlp names layer 9"),
-        ({"curve__1__kept_attention": [3]}, r"curve\[1\]\.kept_layers.*share \[3\]"),
+        ({"view": ...}, "view"),
+        ({"view": ["full"] * 4}, "view"),
+        ({"view__attention": ["full"] * 5}, "view has 5 attention and 4 mlp, the model 4 layers"),
+        ({"view__attention": ["full"] * 3}, "view has 3 attention and 4 mlp"),
+        ({"view__mlp": ["full"] * 5}, "view has 4 attention and 5 mlp"),
+        ({"view__attention": []}, "view.attention"),
+        ({"view__attention": ...}, "view.attention"),
+        ({"view__mlp": ...}, "view.mlp"),
+        ({"view__attention": ["skip"] * 4, "view__mlp": ["skip"] * 4}, "view skips every branch"),
+        ({"view__attention__1": "int3"}, r"view\.attention\.1"),
+        ({"view__attention__0": 1.5}, r"view\.attention\.0"),
+        ({"view__attention__0": None}, r"view\.attention\.0"),
+        ({"view__mlp__3": 0}, r"view\.mlp\.3"),
+        ({"view__mlp__3": "FULL"}, r"view\.mlp\.3"),
+        ({"view__mlp": True}, r"view\.mlp"),
+        ({"view__mlp": "full"}, r"view\.mlp"),
+        ({"view__kept_layers": [0]}, r"view\.kept_layers"),
+        ({"view__head": None}, r"view\.head"),
+        ({"view__head": {"precision": "int3"}}, r"view\.head\.precision"),
+        ({"view__head": {"tokens": 4}}, r"view\.head.*a file with a hash"),
+        ({"view__head": {"sha256": "a" * 64}}, r"view\.head.*a file with a hash"),
+        ({"view__head": {"tokens": 16, "sha256": "a" * 64}}, "head has 16 tokens of a vocabulary of 16"),
+        ({"kept_layers": [0]}, "kept_layers"),
+        ({"curve__1__mlp": ["full"] * 9}, r"curve\[1\] has 4 attention and 9 mlp"),
+        ({"curve__1__attention": ["skip"] * 4, "curve__1__mlp": ["skip"] * 4}, r"curve\[1\] skips every"),
+        ({"curve__0__attention": [9] * 4}, r"curve\.0\.attention"),
         (
-            {"kept_mlp": [1], "fingerprint__architecture": "Gemma3ForCausalLM"},
+            {"view__mlp__1": "full", "fingerprint__architecture": "Gemma3ForCausalLM"},
             "Gemma3ForCausalLM.*whole layers",
         ),
-        ({"kept_layers": [1.5]}, "kept_layers"),
-        ({"kept_layers": ["0"]}, "kept_layers"),
-        ({"curve__0__kept_layers": [9]}, r"curve\[0\].*layer 9"),
+        ({"extra_bytes": -1}, "extra_bytes"),
+        ({"extra_bytes": 1.5}, "extra_bytes"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
         ({"num_speculative_tokens": 1000}, "num_speculative_tokens"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens"),
@@ -166,11 +303,44 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
         ({"scores__0__total__fisher_trace": float("inf")}, "fisher_trace"),
         ({"scores__0__layer": 2}, "scores must list layers"),
         ({"draft_tokens_by_batch": [[8, 1], [1, 2]]}, "ascend"),
-        ({"bridges": "../../etc/passwd"}, "bridges"),
+        ({"view__bridges": "../../etc/passwd"}, r"view\.bridges"),
+        ({"view__bridges": {}}, r"view\.bridges"),
+        ({"scores__0__mlp__rounding_scores": {"int3": 1.0}}, "rounding_scores"),
+        ({"scores__0__mlp__rounding_scores": {"int8": -1.0}}, "rounding_scores"),
+        ({"costs__num_layers": 3}, "costs are of 3 layers, the model has 4"),
+        ({"costs__mlp__int8": ...}, "costs have no times for int8"),
+        ({"costs__attention__full": ...}, "attention must have the times at full precision"),
+        ({"costs__attention__int8": [1.0]}, "attention needs one time for each of rows"),
+        ({"costs__head__full__0": float("nan")}, "costs"),
+        ({"costs__head__full__0": -1.0}, "costs"),
+        ({"costs__rows": [1, 1, 2]}, "rows must ascend from 1"),
+        ({"costs__draft_head": [1.0]}, "draft_head needs one time"),
+        ({"costs__layer_overhead_ms": 1e308}, "the full model must take time at each of rows"),
+        (
+            {
+                f"costs__{name}__{p}": [0.0] * 3
+                for name in ("attention", "mlp", "head")
+                for p in ("full", "int8")
+            }
+            | {"costs__layer_overhead_ms": 0.0},
+            "the full model must take time at each of rows",
+        ),
+        (
+            {f"costs__{name}": {"full": [0.0] * 3, "int8": [0.0] * 3} for name in ("attention", "mlp")}
+            | {"costs__layer_overhead_ms": 0.0, "costs__draft_head": [0.0] * 3},
+            "a draft step must take time at each of rows",
+        ),
+        ({"chances__acceptance": []}, "acceptance"),
+        ({"chances__acceptance__0": 1.5}, "acceptance"),
+        ({"chances__confidence": [0.5]}, "confidence"),
+        ({"check__plain": 0.0}, "check.plain"),
+        ({"check__engine": "fast"}, "check.engine"),
+        ({"check__prompts": 0}, "check.prompts"),
+        ({"made__score_text": "other"}, "made.score_text"),
         ({"unknown_field": 1}, "unknown_field"),
         ({"fingerprint__sha256": "zz"}, "sha256"),
         ({"fingerprint__num_layers": 10**18}, "num_layers"),  # must not be counted out
-        ({"fingerprint__num_layers": 90_000}, "scores must list layers"),
+        ({"fingerprint__num_layers": 90_000}, "view has 4 attention and 4 mlp, the model 90000 layers"),
         ({"fingerprint": ...}, "fingerprint"),
         ({"made": ...}, "made"),
     ],
@@ -191,7 +361,7 @@ def test_damage_is_named(folder, changes, message):
         (b"[]", "not a JSON object"),
         (b"\xff\xfe", "cannot be read"),
         (b"[" * 100_000, "not JSON|nested"),
-        (b'{"schema_version": 2}', "fingerprint|model"),
+        (b'{"schema_version": 3}', "fingerprint|model"),
     ],
 )
 def test_not_a_plan_at_all(tmp_path, content, message):
@@ -226,13 +396,51 @@ def paths(node, prefix=()):
         yield from paths(child, (*prefix, key))
 
 
+def test_no_field_is_missing_from_the_plans_that_are_mutated():
+    """Every field of the schema, and every kind of bridge and head, is in one of them."""
+    seen = {
+        ".".join("*" if isinstance(k, int) else k for k in p) for kind in KINDS for p in paths(raw_of(kind))
+    }
+
+    def fields(model: type[BaseModel], prefix: str = ""):
+        for name, field in model.model_fields.items():
+            here = prefix + name
+            yield here
+            for part in _inner(field.annotation):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    yield from fields(part, f"{here}.*." if "list[" in str(field.annotation) else f"{here}.")
+
+    assert set(fields(SkipPlan)) <= seen
+
+
+def _inner(annotation) -> list:
+    """A type and all that its parameters hold."""
+    return [annotation, *(part for arg in get_args(annotation) for part in _inner(arg))]
+
+
+KINDS = ("whole", "partial", "beside")
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """A plan of whole layers, one of single branches, or one with files beside it."""
+    plan, *files = {
+        "whole": lambda: (make_plan(),),
+        "partial": lambda: (make_plan(view=stored(PARTIAL)),),
+        "beside": bridged_and_restricted,
+    }[kind]()
+    save_plan(plan, folder, *files)
+    return folder
+
+
+def raw_of(kind: str):
+    return json.loads(_plans(kind)[0])
+
+
 @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_mutation_gives_a_plan_or_our_error(tmp_path_factory, data):
+def test_any_mutation_gives_a_plan_or_our_error(data):
     """10,000 mutations of structure or bytes: a valid plan, or PlanError. Nothing else leaves load_plan."""
-    folder = _fuzz_folder(tmp_path_factory)
-    partial = {"kept_layers": [0], "kept_attention": [1, 2], "kept_mlp": [3]}
-    text = make_plan(**partial if data.draw(st.booleans()) else {}).model_dump_json()
+    text, folder, names = _plans(data.draw(st.sampled_from(KINDS)))
     if data.draw(st.booleans()):
         raw = json.loads(text)
         for _ in range(data.draw(st.integers(1, 3))):
@@ -260,17 +468,22 @@ def test_any_mutation_gives_a_plan_or_our_error(tmp_path_factory, data):
     except PlanError as e:
         assert str(folder) in str(e) and e.way_out
     else:
-        assert 0 <= min(plan.keep.touched()) <= max(plan.keep.touched()) < plan.fingerprint.num_layers
-    assert [p.name for p in folder.iterdir()] == [PLAN_FILE]
+        layers = plan.fingerprint.num_layers
+        for seen in (plan.view.branches, *(c.view for c in plan.curve)):
+            assert 0 <= min(seen.touched()) <= max(seen.touched()) < layers and seen.problem(layers) is None
+        assert StoredView.of(plan.view.branches, layers).attention == plan.view.attention
+        for served in (plan, plan.at_full_precision()):  # what an engine asks of it
+            assert served.pacing is None or min(served.pacing.draft_ms + served.pacing.target_ms) > 0
+            assert served.promised_speedup >= 0
+    assert sorted(p.name for p in folder.iterdir()) == names
 
 
-_folders: list[Path] = []
-
-
-def _fuzz_folder(factory) -> Path:
-    if not _folders:
-        _folders.append(factory.mktemp("fuzz"))
-    return _folders[0]
+@functools.cache
+def _plans(kind: str) -> tuple[str, Path, list[str]]:
+    """A plan's text, a folder that it lies in, and the names in there."""
+    folder = saved(kind, Path(tempfile.mkdtemp()))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return (folder / PLAN_FILE).read_text(), folder, sorted(p.name for p in folder.iterdir())
 
 
 # ---------------------------------------------------------------- fingerprint

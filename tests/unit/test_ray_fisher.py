@@ -14,19 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_job import TEXT, save_tiny
+from test_job import QUICK, TEXT, save_tiny
 from tiny_models import tiny_ids
 from typer.testing import CliRunner
 
 from sdfp_vllm.cli import app
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fingerprint import fingerprint
 from sdfp_vllm.fit import ray_fisher
 from sdfp_vllm.fit.fisher import fisher_sums
 from sdfp_vllm.fit.fisher_sums import Checkpoint, FisherSums, OrderedSums, checkpoint_key
 from sdfp_vllm.fit.ray_fisher import FisherJob, FisherWorker, ray_fisher_sums
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.plan import load_plan
+from sdfp_vllm.plan.fingerprint import fingerprint
+from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.ray_cluster import RayOptions, layout, ray_cluster
 
 ray = pytest.importorskip("ray")
@@ -146,7 +146,7 @@ def test_a_killed_driver_resumes_with_or_without_ray(model, tmp_path, monkeypatc
     text.write_text(TEXT * 600)
     out, partial = tmp_path / "out", tmp_path / "out" / ".fisher-partial.pt"
     job = [str(model), "--calibration", str(text), "--sequences", "400", "--length", "16", "--layers", "2"]
-    job += ["--draft-tokens", "2"]
+    job += ["--draft-tokens", "2", "--score-text", "corpus", *QUICK]
     driver = subprocess.Popen(
         [sys.executable, "-m", "sdfp_vllm.cli", "plan", *job, "-o", str(out), "--ray", "--address", "local"],
         stdout=subprocess.DEVNULL,

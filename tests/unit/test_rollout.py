@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_ids, tiny_model
+from tiny_models import ARCHITECTURES, VOCAB, tiny_ids, tiny_model
 from transformers import DynamicCache
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.keep import KeepSet
 
 PROMPT, NEW, STEPS = 9, 14, 4
 KEEP = [0, 1, 3]  # a sliding, a full layer and the last, where the two alternate
@@ -125,6 +125,122 @@ def test_progress_counts_the_tokens_added():
     ticks: list[int] = []
     greedy_continuations(_tiny(), tiny_ids(2, PROMPT), NEW, ticks.append)
     assert ticks == [1] * NEW
+
+
+@pytest.fixture(params=["llama", "qwen2", "gemma3_text", "qwen3_moe"], name="some_stack", scope="module")
+def _some_stack(request) -> DecoderStack:
+    return _tiny(request.param)
+
+
+LENGTHS = [9, 2, 5, 1]  # window of the sliding layers: 3
+
+
+def _ragged() -> list[torch.Tensor]:
+    return [tiny_ids(1, length, seed=length)[0] for length in LENGTHS]
+
+
+def test_prompts_of_different_lengths_are_continued_as_each_is_alone(some_stack):
+    text = greedy_continuations(some_stack, [p.tolist() for p in _ragged()], NEW)
+    assert text.ids.shape == (4, 9 + NEW) and text.first == 9
+    assert text.begins.tolist() == [0, 7, 4, 8]
+    for n, prompt in enumerate(_ragged()):
+        alone = greedy_continuations(some_stack, prompt[None], NEW)
+        begin = int(text.begins[n])
+        assert torch.equal(text.ids[n, begin:], alone.ids[0]) and alone.begins.tolist() == [0]
+        assert text.chosen is not None and alone.chosen is not None
+        assert torch.equal(text.chosen[n], alone.chosen[0])
+        assert text.full[n].begin == begin and text.full[n].keys[0].shape[1] == len(alone.ids[0])
+        torch.testing.assert_close(text.full[n].values, alone.full[0].values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [KEEP, PARTIAL], ids=["layers", "branches"])
+def test_padding_changes_no_acceptance(some_stack, keep):
+    text = greedy_continuations(some_stack, _ragged(), NEW)
+    text.ends[1] = text.first + 6
+    known = Continuations(text.ids, text.first, text.ends, begins=text.begins)
+    kept, again = DraftRollout(some_stack, text), DraftRollout(some_stack, known)
+    assert torch.equal(kept.target, again.target)
+    confidence: list[torch.Tensor] = []
+    runs = kept.run(keep, STEPS, watch=lambda c, right: confidence.append(c))
+    assert torch.equal(runs.lengths, again.run(keep, STEPS).lengths)
+    assert 0 < runs.lengths.sum() < runs.lengths.numel() * STEPS
+    first_steps = confidence[0].split((text.ends - text.first).tolist())
+    for n, prompt in enumerate(_ragged()):
+        alone = greedy_continuations(some_stack, prompt[None], NEW)
+        alone.ends[0] -= NEW - (6 if n == 1 else NEW)
+        seen: list[torch.Tensor] = []
+        expected = DraftRollout(some_stack, alone).run(keep, STEPS, watch=lambda c, r, to=seen: to.append(c))
+        assert torch.equal(runs.lengths[n], expected.lengths[0])
+        assert runs.ends[n] == expected.ends[0]
+        torch.testing.assert_close(first_steps[n], seen[0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_padding_holds_does_not_matter(some_stack):
+    """Neither its token nor anything computed from it is read."""
+    text = greedy_continuations(some_stack, _ragged(), NEW)
+    other = text.ids.clone()
+    for row, begin in zip(other, text.begins.tolist(), strict=True):
+        row[:begin] = 7
+    ours, theirs = (
+        DraftRollout(some_stack, Continuations(ids, text.first, text.ends, begins=text.begins))
+        for ids in (text.ids, other)
+    )
+    assert torch.equal(ours.run(KEEP, STEPS).lengths, theirs.run(KEEP, STEPS).lengths)
+
+
+def test_parts_and_written_text_of_a_ragged_batch():
+    stack = _tiny()
+    text = greedy_continuations(stack, _ragged(), NEW)
+    text.ends[:] = torch.tensor([9 + NEW, 9 + 1, 9 + 2, 9 + NEW])
+    assert text.written().tolist() == [
+        *text.ids[0, 9:].tolist(),
+        *text.ids[1, 9:10].tolist(),
+        *text.ids[2, 9:11].tolist(),
+        *text.ids[3, 9:].tolist(),
+    ]
+    one, rest = text.split(1)
+    assert rest is not None
+    assert (one.begins.tolist(), rest.begins.tolist()) == ([0], [7, 4, 8])
+    whole = DraftRollout(stack, text).run(KEEP, STEPS).lengths
+    assert torch.equal(DraftRollout(stack, rest).run(KEEP, STEPS).lengths, whole[1:])
+
+
+def test_without_begins_nothing_is_padding():
+    text = Continuations(tiny_ids(2, 5), 2, torch.tensor([5, 5]))
+    assert text.begins.tolist() == [0, 0] and text.begins.dtype == torch.int64
+
+
+@pytest.mark.parametrize("prompts", [[], [torch.tensor([3]), torch.tensor([], dtype=torch.int64)]])
+def test_empty_prompts(prompts):
+    with pytest.raises(SdfpError, match="at least one token"):
+        greedy_continuations(_tiny(), prompts, 2)
+
+
+@pytest.mark.parametrize("token", [VOCAB, -1])
+def test_tokens_that_the_model_does_not_have(token):
+    with pytest.raises(SdfpError, match=f"token {token}, which is not in the model's vocabulary of {VOCAB}"):
+        greedy_continuations(_tiny(), [[3, 4], [token]], 2)
+
+
+def test_writing_stops_when_every_sequence_has_ended():
+    stack = _tiny()
+    plain = greedy_continuations(stack, _ragged(), NEW)
+    # A token within the first few of each sequence.
+    stops = [int(row[plain.first + n]) for n, row in enumerate(plain.ids)]
+    stack.model.generation_config.eos_token_id = stops
+    ticks: list[int] = []
+    text = greedy_continuations(stack, _ragged(), NEW, ticks.append)
+    wrote = int(text.ends.max()) - text.first
+    assert wrote <= 4 and sum(ticks) == NEW
+    assert torch.equal(text.ids, plain.ids[:, : text.first + wrote])
+    assert text.chosen is not None and plain.chosen is not None
+    assert torch.equal(text.chosen, plain.chosen[:, :wrote])
+    assert [full.keys[0].shape[1] for full in text.full] == (text.ids.shape[1] - text.begins).tolist()
+    whole = DraftRollout(
+        stack, Continuations(plain.ids, plain.first, text.ends, plain.chosen, plain.full, plain.begins)
+    )
+    ours, theirs = DraftRollout(stack, text).run(KEEP, STEPS), whole.run(KEEP, STEPS)
+    assert torch.equal(ours.lengths, theirs.lengths[:, :wrote]) and torch.equal(ours.ends, theirs.ends)
 
 
 def test_runs_count_leading_hits_and_stop_at_the_end_of_the_text(stack):

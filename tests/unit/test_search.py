@@ -12,7 +12,7 @@ from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.search import candidate_sizes, ranked_layers, search
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.plan import FitScore, LayerScore
+from sdfp_vllm.plan.schema import FitScore, LayerScore
 
 
 def scores(totals: list[float], diagonal: list[float] | None = None) -> list[LayerScore]:
@@ -46,9 +46,8 @@ def flat_cost(num_layers: int = 8, **changes):
     """Verification of up to 9 rows costs what one row costs; no overheads."""
     rows = list(range(1, 10))
     free = {"round_overhead_ms": 0.0, "draft_overhead_ms": 0.0}
-    return cost(
-        rows=rows, layer=[1.0] * 9, head=[0.0] * 9, num_layers=num_layers, max_rows=9, **(free | changes)
-    )
+    flat = {"layer": [1.0] * 9, "head": [0.0] * 9}
+    return cost(rows=rows, num_layers=num_layers, **(free | flat | changes))
 
 
 def test_first_and_last_lead_unless_far_below_the_median():
@@ -96,7 +95,7 @@ def test_drafting_further_stops_where_it_cannot_win():
 def test_a_cliff_in_verification_shortens_the_draft():
     layer = [1.0, 1.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
     choice = search(_Scripted({n: 8 for n in range(1, 8)}), scores([1.0] * 8), flat_cost())
-    cliff = cost(rows=list(range(1, 10)), layer=layer, head=[0.0] * 9, num_layers=8, max_rows=9)
+    cliff = cost(rows=list(range(1, 10)), layer=layer, head=[0.0] * 9, num_layers=8)
     short = search(_Scripted({n: 8 for n in range(1, 8)}), scores([1.0] * 8), cliff)
     assert choice.draft_tokens == 8 and short.draft_tokens == 2
 
@@ -130,7 +129,7 @@ def test_a_single_layer_is_refused():
 def test_larger_batches_draft_less_down_to_nothing():
     rows = [*range(1, 10), 64]
     rising = [1.0 + 0.03 * (m - 1) for m in rows[:-1]] + [64.0]  # memory-bound, then compute-bound
-    measured = cost(rows=rows, layer=rising, head=[0.0] * 10, num_layers=8, max_rows=9)
+    measured = cost(rows=rows, layer=rising, head=[0.0] * 10, num_layers=8)
     choice = search(_Scripted({n: 2 for n in range(1, 8)}), scores([1.0] * 8), measured)
     lengths = [k for _, k in choice.by_batch]
     assert choice.by_batch[0] == (1, choice.draft_tokens)
@@ -149,5 +148,5 @@ def test_on_a_real_rollout_the_curve_agrees_with_the_cost():
     assert choice.kept_layers == [0, 3] and choice.prediction.acceptance_rate == 1.0
     k = choice.draft_tokens
     assert choice.prediction.speedup == pytest.approx((k + 1) * 4 / (2 * k + 4))
-    chosen = next(c for c in choice.curve if c.kept_layers == [0, 3])
+    chosen = next(c for c in choice.curve if c.view == choice.keep)
     assert chosen.speedup[k] == choice.prediction.speedup == max(chosen.speedup)

@@ -21,7 +21,7 @@ from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.search import Choice, Trial, best_trial
 from sdfp_vllm.fit.selectors import SELECTORS, Problem, check_selector, most_steps
 from sdfp_vllm.fit.stack import DecoderStack
-from sdfp_vllm.keep import KeepSet
+from sdfp_vllm.plan.keep import KeepSet
 
 # Of these scores FIT keeps layers 0, 1 and 3 before 2; what really works is set by `idle`.
 MISLEADING = [9.0, 5.0, 1.0, 8.0]
@@ -64,7 +64,7 @@ def test_nested_sets_fill_the_time_asked_for():
         KeepSet(layers=(2, 3), attention=(0,), mlp=(1,)),
     ]
     for keep, size in zip(family, (1, 2, 3), strict=True):
-        assert measured.forward_ms(keep, 1) <= size
+        assert measured.layers_ms(keep, 1) <= size
 
 
 def test_equal_values_come_together_and_a_set_without_attention_is_left_out():
@@ -125,7 +125,7 @@ def test_a_cost_that_is_fixed_is_not_exceeded():
     stack = idle(_tiny(), attention=(1, 3), mlp=(1, 3))
     for name in SELECTORS:
         choice = SELECTORS[name](problem(stack, layers=1, draft_tokens=2))
-        assert flat_cost(4).forward_ms(choice.keep, 1) <= 1.0 and choice.draft_tokens == 2
+        assert flat_cost(4).layers_ms(choice.keep, 1) <= 1.0 and choice.draft_tokens == 2
 
 
 def test_no_move_is_taken_without_a_gain_on_held_out_text():

@@ -13,7 +13,7 @@ from restricted_plans import write_restricted_plan
 from test_draws import draw
 from test_same_drafts import drafts_of, greedy_drafts
 
-from sdfp_vllm.runtime.head import RestrictedHead
+from sdfp_vllm.runtime.head import DraftHead
 
 pytestmark = pytest.mark.engine
 
@@ -29,7 +29,7 @@ def test_v1_and_v2_draft_the_same_tokens_of_the_part(
     plan = write_restricted_plan(target, tmp_path, kept, 3, part)
     some = [prompts[0][:30]]
     with engine(target, {"method": "sdfp", "model": plan}) as llm:
-        assert isinstance(runner(llm).speculator.model._head, RestrictedHead)
+        assert isinstance(runner(llm).speculator.model._head, DraftHead)
         v2 = drafts_of(llm, some)
     assert len(v2) > 4 and {t for drafted in v2 for t in drafted} <= set(part)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")

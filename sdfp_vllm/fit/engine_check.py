@@ -1,0 +1,146 @@
+"""What the real engine says: how much it adds to the kernels' times before the search, and what the plan gives after it."""
+
+from __future__ import annotations
+
+import gc
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.progress import Stages
+from sdfp_vllm.fit.search import WORTHWHILE
+from sdfp_vllm.measure import EngineSpec, Measurement, Turn, one_by_one, run_engine, run_engines
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.schema import SkipPlan, Speeds
+
+_PROBED_LAYERS = 8  # as many of the model's layers, with random weights, show what one costs
+_PROBE_TOKENS, _PROBES = 24, 4
+_NEW_TOKENS = 48
+_ENGINE_BYTES = 2 << 30  # of an engine beside its weights
+_PACKED = 1.3  # weights and what packing keeps beside them
+
+
+def engine_is_here() -> bool:
+    """Whether vLLM is installed; plans can be made without it, from torch's own products."""
+    return find_spec("vllm") is not None
+
+
+def overheads_of(costs: Costs, model_dir: Path, eager: bool) -> Costs:
+    """`costs` with what an engine adds to each layer, measured on one with a few layers of the model's shape.
+
+    The engine runs plain decoding on random weights; what its step takes beyond the products, the head and a round's
+    own overhead is the layers'.
+    """
+    if not engine_is_here():
+        return costs
+    layers = min(costs.num_layers, _PROBED_LAYERS)
+    prompt = list(range(10, 26))
+    probe = EngineSpec(
+        model=str(model_dir),
+        turns=[Turn(prompts=[prompt], max_tokens=_PROBE_TOKENS)] * _PROBES,
+        warm_up=prompt,
+        ignore_eos=True,
+        dtype=costs.dtype,
+        engine={
+            **_settings(len(prompt) + _PROBE_TOKENS, eager),
+            "load_format": "dummy",
+            "hf_overrides": {"num_hidden_layers": layers},
+        },
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    try:
+        turns = run_engine(probe).turns
+    except SdfpError:
+        return costs  # a model whose layers cannot be made fewer: the check at the end speaks for it
+    step = min(1e3 * t.decode_seconds / (len(t.token_ids[0]) - 1) for t in turns)
+    few = costs.model_copy(update={"num_layers": layers})
+    spent = max(0.0, step - few.plain_ms())
+    return costs.model_copy(
+        update={"layer_overhead_ms": spent / layers, "engine": "eager" if eager else "compiled"}
+    )
+
+
+def with_check(
+    plan: SkipPlan, model_dir: Path, folder: Path, prompts: list[list[int]], eager: bool, bar: Stages
+) -> SkipPlan:
+    """`plan` with what plain decoding and the plan in `folder` give on the engine, and a verdict from that.
+
+    Args:
+        prompts: Token ids; none that drafts were tried on.
+    """
+    if not engine_is_here() or plan.costs is None:
+        return plan
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    dtype, stored = plan.costs.dtype, _stored_dtype(model_dir)
+    turns = one_by_one(prompts, _NEW_TOKENS)
+    settings = _settings(max(map(len, prompts)) + _NEW_TOKENS, eager)
+
+    def spec(speculative: dict[str, str] | None, kind: str, own: list[Turn]) -> EngineSpec:
+        return EngineSpec(
+            model=str(model_dir),
+            turns=own,
+            warm_up=prompts[0],
+            speculative=speculative,
+            dtype=kind,
+            seed=None,  # a seed would fix the draft lengths
+            engine=settings,
+        )
+
+    drafts = [t.model_copy(update={"copies": copies}) for t in turns for copies in (False, True)]
+    specs = [spec(None, dtype, turns), spec({"method": "sdfp", "model": str(folder)}, dtype, drafts)]
+    if stored != dtype:
+        specs.append(spec(None, stored, turns))
+    with bar.step("Check on the engine", sum(1 + len(s.turns) for s in specs)) as advance:
+        results = _run(specs, model_dir, plan, lambda: advance(1))
+    plain, ours, *other = results
+    alone, copying = (Measurement(**{**dict(ours), "turns": ours.turns[i::2]}) for i in (0, 1))
+    whole = alone.whole
+    wanted = [t.token_ids for t in plain.turns]
+    speeds = Speeds(
+        plain=plain.decode_tokens_per_second,
+        drafted=alone.decode_tokens_per_second,
+        copies=copying.decode_tokens_per_second,
+        other=other[0].decode_tokens_per_second if other else None,
+        other_dtype=stored if other else None,
+        acceptance_rate=whole.acceptance_rate or 0.0,
+        mean_accepted_length=whole.mean_accepted_length or 1.0,
+        prompts=len(prompts),
+        identical=sum(t.token_ids == w for t, w in zip(alone.turns, wanted, strict=True)),
+        engine="eager" if eager else "compiled",
+    )
+    worthwhile = max(speeds.drafted, speeds.copies) > WORTHWHILE * speeds.plain
+    return plan.model_copy(update={"check": speeds, "worthwhile": worthwhile})
+
+
+def _run(specs: list[EngineSpec], model_dir: Path, plan: SkipPlan, done) -> list[Measurement]:
+    """In turns, where memory holds all engines at once; else one after the other."""
+    stored = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    needed = (
+        sum(_PACKED * stored * (2 if s.dtype == "float32" else 1) + _ENGINE_BYTES for s in specs)
+        + plan.extra_bytes
+    )
+    if torch.cuda.is_available() or needed > psutil.virtual_memory().available:
+        results = []
+        for s in specs:
+            results.append(run_engine(s))
+            for _ in range(1 + len(s.turns)):
+                done()
+        return results
+    return run_engines(specs, on_step=lambda engine, step: done())
+
+
+def _settings(positions: int, eager: bool) -> dict[str, object]:
+    return {"max_model_len": positions + 32, "max_num_seqs": 1, "enforce_eager": eager}
+
+
+def _stored_dtype(model_dir: Path) -> str:
+    """The checkpoint's own dtype, which vLLM serves by default."""
+    config = json.loads((model_dir / "config.json").read_text())
+    config = config.get("text_config", config)
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")

@@ -1,0 +1,103 @@
+"""Where plans lie, and how they are written, read and found.
+
+A plan is a folder with `plan.json` and, where it has bridges, `bridges.safetensors`, and where its draft head is
+restricted, `head.safetensors`. Nothing in it is executable; loading it reads no file outside the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sdfp_vllm.errors import PlanError
+from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
+from sdfp_vllm.plan.parcel import BRIDGE_FILE, HEAD_FILE, PLAN_FILE, PlanParcel
+from sdfp_vllm.plan.schema import SCHEMA_VERSION, SkipPlan
+from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
+
+
+def save_plan(
+    plan: SkipPlan, folder: str | Path, tensors: bytes | None = None, head_tokens: bytes | None = None
+) -> Path:
+    """Writes `<folder>/plan.json` atomically (a reader sees the old plan or the new one) and returns its path.
+
+    Args:
+        tensors: Content of `bridges.safetensors`, given if and only if the plan has bridges. Written
+            first: a reader in between finds that it is not the plan's, and is told so.
+        head_tokens: The same for `head.safetensors` and a restricted head.
+
+    Raises:
+        PlanError: If the folder cannot be written.
+    """
+    if (tensors is None) != (plan.view.bridges is None):
+        raise ValueError("a plan with bridges is saved with their tensors, one without has none")
+    if (head_tokens is None) != (plan.view.head.tokens is None):
+        raise ValueError("a plan with a restricted head is saved with its tensors, one without has none")
+    folder = Path(folder)
+    path = folder / PLAN_FILE
+    beside = {BRIDGE_FILE: tensors, HEAD_FILE: head_tokens}
+    for name, content in beside.items():
+        if content is not None:
+            write_atomically(folder / name, content)
+    write_plan(plan, path)
+    for name, content in beside.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)  # of the plan that was here before
+    return path
+
+
+def load_parcel(path: str | Path, expected: Fingerprint | None = None) -> PlanParcel:
+    """Reads and validates a plan, and the files beside it, from a plan folder or its plan.json.
+
+    Args:
+        expected: The served model's fingerprint; a plan for another model is refused.
+
+    Raises:
+        PlanError: Naming the file, the field and the way out. No other exception leaves here.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / PLAN_FILE
+    plan = read_plan(path, SkipPlan, SCHEMA_VERSION, "sdfp plan MODEL")
+    if expected is not None and (differences := plan.fingerprint.differences(expected)):
+        raise PlanError(
+            str(path),
+            "was made for another model: " + "; ".join(differences),
+            "Make one for this model with `sdfp plan MODEL`, or serve the model the plan names.",
+        )
+    return PlanParcel.read(plan, path.parent)
+
+
+def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan:
+    """`load_parcel`'s plan: what lies beside it is checked as well."""
+    return load_parcel(path, expected).plan
+
+
+def plans_root() -> Path:
+    """The per-user folder of plans: $SDFP_CACHE_DIR, else $XDG_CACHE_HOME/sdfp, else ~/.cache/sdfp."""
+    if root := os.environ.get("SDFP_CACHE_DIR"):
+        return Path(root) / "plans"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdfp" / "plans"
+
+
+def default_plan_dir(fp: Fingerprint) -> Path:
+    """Where `sdfp plan MODEL` writes and `--speculative-model sdfp` looks, by model fingerprint."""
+    # By schema: another release's plan is one that is not there, not one that is damaged.
+    return plans_root() / f"v{SCHEMA_VERSION}" / f"{fp.architecture}-{fp.sha256[:16]}"
+
+
+def find_plan(model: str, plan: str | Path | None = None, revision: str | None = None) -> PlanParcel:
+    """Loads the plan at `plan`, or the default one of the model's fingerprint.
+
+    Raises:
+        SdfpError: If there is no such model, or no plan (PlanError), or it is damaged or made for another model.
+    """
+    target = fingerprint(resolve_model_dir(model, revision))
+    folder = default_plan_dir(target) if plan is None else Path(plan)
+    if plan is None and not (folder / PLAN_FILE).is_file():
+        raise PlanError(
+            f"model {model!r}",
+            f"has no plan yet (looked for {folder})",
+            f"Make one with `sdfp plan {model}`, or name a plan folder.",
+        )
+    return load_parcel(folder, expected=target)
