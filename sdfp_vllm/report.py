@@ -219,7 +219,10 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
             ("measured on", f"{costs.device}, {costs.dtype}, {costs.threads} threads"),
             ("a layer: attention + MLP", ", ".join(layers)),
             ("head", ", ".join(heads)),
-            ("the engine adds" + engine, f"{costs.layer_overhead_ms:.3f} ms a layer"),
+            (
+                "the engine adds" + engine,
+                f"{costs.layer_overhead_ms:.3f} ms a layer, {costs.draft_added_ms:.3f} ms in a draft",
+            ),
             ("verification, 1 row", f"{verify[0]:.2f} ms"),
             ("verification, rows over 1", " ".join(f"{v / verify[0]:.2f}" for v in verify)),
         ]

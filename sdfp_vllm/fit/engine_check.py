@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import gc
 import json
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import torch
+import transformers
 
+from sdfp_vllm import __version__
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.progress import Stages
+from sdfp_vllm.fit.prospects import whole_at_lowest
 from sdfp_vllm.fit.search import WORTHWHILE
 from sdfp_vllm.measure import EngineSpec, Measurement, Turn, one_by_one, run_engine, run_engines
 from sdfp_vllm.plan.costs import Costs
-from sdfp_vllm.plan.schema import SkipPlan, Speeds
+from sdfp_vllm.plan.fingerprint import Fingerprint
+from sdfp_vllm.plan.schema import DraftHead, Prediction, Provenance, SkipPlan, Speeds, StoredView
+from sdfp_vllm.plan.store import save_plan
+from sdfp_vllm.plan.view import DraftView
 
 _PROBED_LAYERS = 8  # as many of the model's layers, with random weights, show what one costs
-_PROBE_TOKENS, _PROBES = 24, 4
-_NEW_TOKENS = 48
+_PROBE_TOKENS, _PROBES = 32, 12
+_PROBE_DRAFTS = 2
+_NEW_TOKENS = 40
 _ENGINE_BYTES = 2 << 30  # of an engine beside its weights
 _PACKED = 1.3  # weights and what packing keeps beside them
 
@@ -29,38 +37,79 @@ def engine_is_here() -> bool:
     return find_spec("vllm") is not None
 
 
-def overheads_of(costs: Costs, model_dir: Path, eager: bool) -> Costs:
-    """`costs` with what an engine adds to each layer, measured on one with a few layers of the model's shape.
+def overheads_of(costs: Costs, model_dir: Path, identity: Fingerprint, eager: bool) -> Costs:
+    """`costs` with what an engine adds to each layer, in the target's step and in a draft step.
 
-    The engine runs plain decoding on random weights; what its step takes beyond the products, the head and a round's
-    own overhead is the layers'.
+    Measured on an engine with a few layers of the model's shape and random weights, that drafts with all of them at
+    the precision that is fastest here. What its steps take beyond the products, the head and a round's own overhead is
+    the layers'. Where such an engine cannot be started, `costs` as they are: the check at the end speaks for it.
     """
     if not engine_is_here():
         return costs
     layers = min(costs.num_layers, _PROBED_LAYERS)
+    view = DraftView.at(range(layers), whole_at_lowest(costs).precision(0, "attention"))
+    head = DraftHead(precision=min(costs.head, key=lambda p: costs.head[p][0]) if view.rounded else "full")
     prompt = list(range(10, 26))
-    probe = EngineSpec(
-        model=str(model_dir),
-        turns=[Turn(prompts=[prompt], max_tokens=_PROBE_TOKENS)] * _PROBES,
-        warm_up=prompt,
-        ignore_eos=True,
-        dtype=costs.dtype,
-        engine={
-            **_settings(len(prompt) + _PROBE_TOKENS, eager),
-            "load_format": "dummy",
-            "hf_overrides": {"num_hidden_layers": layers},
-        },
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    with tempfile.TemporaryDirectory(prefix="sdfp-probe-") as folder:
+        save_plan(_plan_by_hand(identity, StoredView.of(view, identity.num_layers, head=head)), folder)
+        probe = EngineSpec(
+            model=str(model_dir),
+            turns=[Turn(prompts=[prompt], max_tokens=_PROBE_TOKENS)] * _PROBES,
+            warm_up=prompt,
+            speculative={"method": "sdfp", "model": folder, "num_speculative_tokens": _PROBE_DRAFTS},
+            ignore_eos=True,
+            dtype=costs.dtype,
+            engine={
+                **_settings(len(prompt) + _PROBE_TOKENS, eager),
+                "load_format": "dummy",
+                "hf_overrides": {"num_hidden_layers": layers},
+            },
+            environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )
+        try:
+            turns = run_engine(probe).turns
+        except SdfpError:
+            return costs
+    rounds = [(t, t.rounds) for t in turns if t.rounds]
+    if not rounds:
+        return costs
+    # An engine drafts once more than it verifies: after the last token as well, when decoding is over.
+    draft = min(1e3 * t.draft_seconds / ((n + 1) * _PROBE_DRAFTS) for t, n in rounds)
+    verify = min(1e3 * (t.decode_seconds - t.draft_seconds * n / (n + 1)) / n for t, n in rounds)
+    few = costs.model_copy(
+        update={"num_layers": layers, "draft_head": costs.head[head.precision], "layer_overhead_ms": 0.0}
     )
-    try:
-        turns = run_engine(probe).turns
-    except SdfpError:
-        return costs  # a model whose layers cannot be made fewer: the check at the end speaks for it
-    step = min(1e3 * t.decode_seconds / (len(t.token_ids[0]) - 1) for t in turns)
-    few = costs.model_copy(update={"num_layers": layers})
-    spent = max(0.0, step - few.plain_ms())
     return costs.model_copy(
-        update={"layer_overhead_ms": spent / layers, "engine": "eager" if eager else "compiled"}
+        update={
+            "layer_overhead_ms": max(0.0, verify - few.round_ms(view, 0, _PROBE_DRAFTS + 1)) / layers,
+            "draft_layer_overhead_ms": max(0.0, draft - few.step_ms(view, 1) - few.draft_overhead_ms)
+            / layers,
+            "engine": "eager" if eager else "compiled",
+        }
+    )
+
+
+def _plan_by_hand(identity: Fingerprint, view: StoredView) -> SkipPlan:
+    """A plan that an engine takes and that promises nothing."""
+    return SkipPlan(
+        model="probe",
+        fingerprint=identity,
+        view=view,
+        num_speculative_tokens=_PROBE_DRAFTS,
+        worthwhile=True,
+        prediction=Prediction(acceptance_rate=0.0, mean_accepted_length=1.0, speedup=1.0),
+        scores=[],
+        curve=[],
+        made=Provenance(
+            calibration="none",
+            calibration_tokens=0,
+            seed=0,
+            selector="probe",
+            created="now",
+            sdfp_version=__version__,
+            torch_version=torch.__version__,
+            transformers_version=transformers.__version__,
+        ),
     )
 
 

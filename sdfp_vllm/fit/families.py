@@ -97,7 +97,7 @@ def nested_views(
     """
     worth = choice_scores(scores, form)
     times = {"attention": cost.attention, "mlp": cost.mlp}
-    overhead = cost.layer_overhead_ms / 2
+    overhead = cost.draft_added_ms / 2
     running: dict[Unit, Precision] = {(b, s.layer): "full" for s in scores for b in BRANCHES}
     heap: list[tuple[float, Unit, Mode]] = []
 

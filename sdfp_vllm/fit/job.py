@@ -80,7 +80,7 @@ def make_plan(
         with bar.step("Loading the model", 1):
             transformers.utils.logging.disable_progress_bar()  # ours shows the stages
             stack = DecoderStack(load_target(model_dir, DTYPES[options.dtype], options.device))
-        costs = _costs(stack, model_dir, options, bar)
+        costs = _costs(stack, model_dir, identity, options, bar)
         with bar.step("Target's own text", options.new_tokens) as advance:
             tried, checked = _parted(texts.ask(stack), options)
             text = write(stack, tried, options.new_tokens, advance)
@@ -104,7 +104,9 @@ def _parted(prompts: list[Tensor], options: PlanOptions) -> tuple[list[Tensor], 
     return prompts[: options.texts], prompts[options.texts :][:CHECKED] or prompts[:CHECKED]
 
 
-def _costs(stack: DecoderStack, model_dir: Path, options: PlanOptions, bar: Stages) -> Costs:
+def _costs(
+    stack: DecoderStack, model_dir: Path, identity: Fingerprint, options: PlanOptions, bar: Stages
+) -> Costs:
     """Times of this machine: the kernels', and what the engine adds to them."""
     with bar.step("Costs on this machine", 1):
         weights = [
@@ -120,7 +122,7 @@ def _costs(stack: DecoderStack, model_dir: Path, options: PlanOptions, bar: Stag
         refuse_hopeless(stack, costs)
     if options.run_check:
         with bar.step("What the engine adds", 1):
-            costs = overheads_of(costs, model_dir, options.eager)
+            costs = overheads_of(costs, model_dir, identity, options.eager)
     return costs
 
 

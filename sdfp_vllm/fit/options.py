@@ -48,7 +48,7 @@ class PlanOptions:
     field: str = "text"
     sequences: int = 8
     length: int = 256
-    text_sequences: int = 16  # from 16 rows on, a CPU's matrix product costs little more than at one
+    text_sequences: int = 12
     prompt: int = 64
     new_tokens: int = 64
     seed: int = 0

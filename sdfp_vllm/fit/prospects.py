@@ -50,7 +50,7 @@ def refuse_hopeless(stack: DecoderStack, costs: Costs) -> None:
             batch_rows=(),
             seconds=_SECONDS,
             dtype=torch.float32,
-        ).model_copy(update={"layer_overhead_ms": costs.layer_overhead_ms})
+        )
         best = max(other.speedup(view, k, sum(_TYPICAL**j for j in range(k + 1))) for k in range(1, _ROWS))
         plain, half = 1e3 / other.plain_ms(), 1e3 / costs.plain_ms()
         way_out = (

@@ -27,7 +27,7 @@ WIDE_MARGIN = 0.01
 WORTHWHILE = 1.02
 MAX_SIZES = 16
 MAX_TRIED = 8  # draft tokens a round, unless the user fixes the number
-LUCK = 0.03  # by which a smaller view may be accepted more often than a larger one, on little text
+LUCK = 0.015  # by which a smaller view may be accepted more often than a larger one, on little text
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 

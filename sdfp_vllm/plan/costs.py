@@ -30,8 +30,9 @@ class Costs(BaseModel):
         head: Final norm, LM head and argmax at each of `rows`, full width, by precision.
         draft_head: The same for the draft's head, where it is not the full one.
         num_layers: Layers of the full model.
-        layer_overhead_ms: What the engine adds to every layer that runs, in a draft step and in the target's step
-            alike: its own operations between the matrix products. A branch alone takes half of it.
+        layer_overhead_ms: What the engine adds to every layer of the target's step: its own operations between the
+            matrix products, and what memory takes longer there than alone. A branch takes half of it.
+        draft_layer_overhead_ms: The same for a layer that runs in a draft step; None: no other.
         round_overhead_ms, draft_overhead_ms: What the engine adds to a round, drafting or not, and to a draft step.
         bridge_ms: One bridge at one row; a view of n layers skips at most n + 1 runs, and as many bridges are
             reckoned with. A batch's rows are taken to cost no more.
@@ -48,6 +49,7 @@ class Costs(BaseModel):
     draft_head: list[Milliseconds] | None = None
     num_layers: int = Field(ge=1, le=100_000)
     layer_overhead_ms: Milliseconds = 0.0
+    draft_layer_overhead_ms: Milliseconds | None = None
     round_overhead_ms: Milliseconds = ROUND_OVERHEAD_MS
     draft_overhead_ms: Milliseconds = DRAFT_OVERHEAD_MS
     bridge_ms: Milliseconds = 0.0
@@ -73,6 +75,12 @@ class Costs(BaseModel):
         return self
 
     @property
+    def draft_added_ms(self) -> float:
+        """What the engine adds to a layer of a draft step."""
+        own = self.draft_layer_overhead_ms
+        return self.layer_overhead_ms if own is None else own
+
+    @property
     def precisions(self) -> list[Precision]:
         """Those that were measured for both branches."""
         return [p for p in self.attention if p in self.mlp]
@@ -85,7 +93,7 @@ class Costs(BaseModel):
     def layers_ms(self, view: KeepSet, rows: int) -> float:
         """What a view's branches take, without a head."""
         times: dict[str, dict[Any, list[float]]] = {"attention": self.attention, "mlp": self.mlp}
-        total = view.size * self.layer_overhead_ms
+        total = view.size * self.draft_added_ms
         return total + sum(count * self._at(times[b][p], rows) for (b, p), count in _parts(view).items())
 
     def plain_ms(self, batch: int = 1) -> float:
