@@ -94,7 +94,13 @@ def make_plan(
         save_plan(plan, folder, tensors, head_tokens)
         (folder / _CHECKPOINT).unlink(missing_ok=True)
         if options.run_check:
-            plan = with_check(plan, model_dir, folder, [p.tolist() for p in checked], options.eager, bar)
+            try:
+                plan = with_check(plan, model_dir, folder, [p.tolist() for p in checked], options.eager, bar)
+            except (
+                SdfpError
+            ) as e:  # the plan is made and saved: an engine that does not start costs the check alone
+                if console is not None:
+                    console.print(f"The check failed: {e}", style="yellow", soft_wrap=True, markup=False)
             save_plan(plan, folder, tensors, head_tokens)
     return plan
 

@@ -48,6 +48,12 @@ class Texts:
             return cls(options, tokenizer, None, f"{_OWN}, seed {options.seed}")
         if source is not None and is_chat_source(source):
             chats = read_chats(source, tokenizer, count, options.seed)
+            if len(chats) < options.texts:
+                raise SdfpError(
+                    f"calibration {source}",
+                    f"has {len(chats)} chats of usable length, {options.texts} are needed",
+                    "Give more, or leave --calibration out: a model with a chat template then asks itself.",
+                )
             return cls(options, tokenizer, chats, f"{source} ({len(chats)} chats, seed {options.seed})")
         # Drafts are tried on other text than the layers were scored on.
         found = _windows(options, tokenizer, count, options.prompt, options.seed + 1)
