@@ -216,7 +216,9 @@ def test_a_vllm_without_the_symbols_is_named(monkeypatch):
     from sdfp_vllm.integration import upstream_linear
 
     monkeypatch.setitem(sys.modules, "vllm.model_executor.parameter", None)
-    with pytest.raises(SdfpError, match=r"vLLM symbol vllm\.model_executor\.parameter: .* \(--precision full\)"):
+    with pytest.raises(
+        SdfpError, match=r"vLLM symbol vllm\.model_executor\.parameter: .* \(--precision full\)"
+    ):
         importlib.reload(upstream_linear)
 
 

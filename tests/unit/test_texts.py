@@ -44,7 +44,9 @@ def test_chats_are_read_for_trying_and_for_the_check(tmp_path):
 
 def test_too_few_chats_are_refused_by_name(tmp_path):
     source = chats(tmp_path / "c.jsonl", 5)
-    with pytest.raises(SdfpError, match=r"calibration .*c\.jsonl: has 5 chats of usable length, 8 are needed"):
+    with pytest.raises(
+        SdfpError, match=r"calibration .*c\.jsonl: has 5 chats of usable length, 8 are needed"
+    ):
         Texts.read(PlanOptions(calibration=source, text_sequences=4), Words())
 
 
