@@ -20,9 +20,13 @@ _COLOURS = ("lightgrey", "palegreen", "tab:green")  # by the number of a layer's
 
 def serve_command(plan: SkipPlan, folder: Path) -> str:
     """The command that serves the model with this plan, found by itself where it lies in the default place."""
+    settings = ""
+    if plan.costs:  # the dtype that it was planned in, and how the engine ran
+        settings += f" --dtype {plan.costs.dtype}"
+        settings += " --enforce-eager" if plan.costs.engine == "eager" else ""
     if folder.resolve() == default_plan_dir(plan.fingerprint).resolve():
-        return f"vllm serve {plan.model} --speculative-model sdfp"
-    return f'vllm serve {plan.model} --speculative-config \'{{"method": "sdfp", "model": "{folder}"}}\''
+        return f"vllm serve {plan.model}{settings} --speculative-model sdfp"
+    return f'vllm serve {plan.model}{settings} --speculative-config \'{{"method": "sdfp", "model": "{folder}"}}\''
 
 
 def best_draft_tokens(candidate: Candidate) -> int:

@@ -147,7 +147,8 @@ def _product(weight: Tensor, precision: Precision, dtype: torch.dtype) -> Part:
 
 
 def _experts(mlp: nn.Module) -> Part:
-    return lambda x: mlp(x[None])
+    own = next(mlp.parameters()).dtype
+    return lambda x: mlp(x[None].to(own))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sdfp_vllm.fit.search import WORTHWHILE
 from sdfp_vllm.measure import EngineSpec, Measurement, Turn, one_by_one, run_engine, run_engines
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import Fingerprint
+from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.schema import DraftHead, Prediction, Provenance, SkipPlan, Speeds, StoredView
 from sdfp_vllm.plan.store import save_plan
 from sdfp_vllm.plan.view import DraftView
@@ -37,17 +39,21 @@ def engine_is_here() -> bool:
     return find_spec("vllm") is not None
 
 
-def overheads_of(costs: Costs, model_dir: Path, identity: Fingerprint, eager: bool) -> Costs:
+def overheads_of(
+    costs: Costs, model_dir: Path, identity: Fingerprint, eager: bool, can_round: Mapping[str, bool]
+) -> Costs:
     """`costs` with what an engine adds to each layer, in the target's step and in a draft step.
 
     Measured on an engine with a few layers of the model's shape and random weights, that drafts with all of them at
     the precision that is fastest here. What its steps take beyond the products, the head and a round's own overhead is
-    the layers'. Where such an engine cannot be started, `costs` as they are: the check at the end speaks for it.
+    the layers'. Where such an engine cannot be started, and on a GPU, whose clock the host does not see, `costs` are as
+    they were: the check at the end speaks for it.
     """
-    if not engine_is_here():
+    if not engine_is_here() or torch.cuda.is_available():
         return costs
     layers = min(costs.num_layers, _PROBED_LAYERS)
-    view = DraftView.at(range(layers), whole_at_lowest(costs).precision(0, "attention"))
+    lowest, whole = whole_at_lowest(costs).precision(0, "attention"), KeepSet.of(range(layers))
+    view = DraftView.at(whole, {unit: lowest for unit in whole.units() if can_round[unit[0]]})
     head = DraftHead(precision=min(costs.head, key=lambda p: costs.head[p][0]) if view.rounded else "full")
     prompt = list(range(10, 26))
     with tempfile.TemporaryDirectory(prefix="sdfp-probe-") as folder:
@@ -70,7 +76,7 @@ def overheads_of(costs: Costs, model_dir: Path, identity: Fingerprint, eager: bo
             turns = run_engine(probe).turns
         except SdfpError:
             return costs
-    rounds = [(t, t.rounds) for t in turns if t.rounds]
+    rounds = [(t, t.rounds) for t in turns if t.rounds and t.draft_seconds]
     if not rounds:
         return costs
     # An engine drafts once more than it verifies: after the last token as well, when decoding is over.
@@ -138,7 +144,9 @@ def with_check(
             speculative=speculative,
             dtype=kind,
             seed=None,  # a seed would fix the draft lengths
+            ignore_eos=True,  # an answer of one token has no speed
             engine=settings,
+            environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
         )
 
     drafts = [t.model_copy(update={"copies": copies}) for t in turns for copies in (False, True)]
@@ -146,7 +154,13 @@ def with_check(
     if stored != dtype:
         specs.append(spec(None, stored, turns))
     with bar.step("Check on the engine", sum(1 + len(s.turns) for s in specs)) as advance:
-        results = _run(specs, model_dir, plan, lambda: advance(1))
+        try:
+            results = _run(specs, model_dir, plan, lambda: advance(1))
+        except SdfpError:
+            if len(specs) == 2:
+                raise
+            # The machine may not run the checkpoint's own dtype: what was asked for is checked all the same.
+            results = _run(specs[:2], model_dir, plan, lambda: advance(1))
     plain, ours, *other = results
     alone, copying = (Measurement(**{**dict(ours), "turns": ours.turns[i::2]}) for i in (0, 1))
     whole = alone.whole
@@ -169,7 +183,7 @@ def with_check(
 
 def _run(specs: list[EngineSpec], model_dir: Path, plan: SkipPlan, done) -> list[Measurement]:
     """In turns, where memory holds all engines at once; else one after the other."""
-    stored = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    stored = sum(f.stat().st_size for kind in ("*.safetensors", "*.bin") for f in model_dir.glob(kind))
     needed = (
         sum(_PACKED * stored * (2 if s.dtype == "float32" else 1) + _ENGINE_BYTES for s in specs)
         + plan.extra_bytes
@@ -185,7 +199,15 @@ def _run(specs: list[EngineSpec], model_dir: Path, plan: SkipPlan, done) -> list
 
 
 def _settings(positions: int, eager: bool) -> dict[str, object]:
-    return {"max_model_len": positions + 32, "max_num_seqs": 1, "enforce_eager": eager}
+    settings: dict[str, object] = {
+        "max_model_len": positions + 32,
+        "max_num_seqs": 1,
+        "enforce_eager": eager,
+    }
+    if torch.cuda.is_available():  # this process keeps some of the GPU
+        free, total = torch.cuda.mem_get_info()
+        settings["gpu_memory_utilization"] = round(0.9 * free / total, 2)
+    return settings
 
 
 def _stored_dtype(model_dir: Path) -> str:

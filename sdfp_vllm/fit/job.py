@@ -128,7 +128,9 @@ def _costs(
         refuse_hopeless(stack, costs)
     if options.run_check:
         with bar.step("What the engine adds", 1):
-            costs = overheads_of(costs, model_dir, identity, options.eager)
+            costs = overheads_of(
+                costs, model_dir, identity, options.eager, {b: stack.can_round(b) for b in BRANCHES}
+            )
     return costs
 
 

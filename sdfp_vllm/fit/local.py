@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sdfp_vllm.fit.first_step import FirstStep, gates_of
 from sdfp_vllm.fit.memory import UNLIMITED, Memory
-from sdfp_vllm.fit.moves import merged, retuned, shifts, units, with_, without
+from sdfp_vllm.fit.moves import EVERYTHING, merged, retuned, shifts, units, with_, without
 from sdfp_vllm.fit.rollout import DraftRollout
 from sdfp_vllm.fit.rounds import AcceptedRuns
 from sdfp_vllm.fit.search import (
@@ -61,6 +61,7 @@ class LocalSearch:
         whole: Keep whole layers only.
         precisions: What a branch may run at.
         memory: What rounded copies may take.
+        can_round: Which branches have rounded copies.
         worth: FIT's score of each choice for each branch, to screen the most promising moves only; None: all.
         advance: Called with a line of news after each rollout.
     """
@@ -75,6 +76,7 @@ class LocalSearch:
     precisions: Sequence[Precision] = ("full",)
     memory: Memory = UNLIMITED
     worth: Mapping[tuple[Unit, Mode], float] | None = None
+    can_round: Mapping[str, bool] = field(default_factory=lambda: EVERYTHING)
 
     def improve(self, starts: Sequence[Trial], curve: Sequence[Candidate] = ()) -> Choice:
         """The best keep set found from the best of `starts` on; `curve`, with the sets taken on the way."""
@@ -143,7 +145,7 @@ class LocalSearch:
         screen.center(keep)
         drops = (without(keep, u) for u in units(keep, n, kept=True, whole=self.whole))
         fewer = self._promising(self._possible(drops, now), now)
-        tuned = self._promising(self._possible(retuned(keep, self.precisions), now), now)
+        tuned = self._promising(self._possible(retuned(keep, self.precisions, self.can_round), now), now)
         more = self._additions(now, screen)
         moves = [m for m in [*fewer, *tuned, *more, *shifts(keep, n)] if self._admits(m)]
         moves += self._swaps(now, screen, fewer, more)
@@ -187,11 +189,11 @@ class LocalSearch:
         """With the branches or layers added that would lower the divergence the most."""
         n = self.cost.num_layers
         absent = list(units(now.keep, n, kept=False, whole=self.whole))
-        if not any(self._could_win(with_(now.keep, u), now) for u in absent):
+        if not any(self._could_win(with_(now.keep, u, self.can_round), now) for u in absent):
             return []
         _, slope = screen.divergence(gates_of(now.keep, n), range(0, len(screen.chunks), 2))
         absent.sort(key=lambda unit: sum(float(slope[i, BRANCHES.index(b)]) for b, i in unit))
-        return [with_(now.keep, u) for u in absent[:_ADDED]]
+        return [with_(now.keep, u, self.can_round) for u in absent[:_ADDED]]
 
     def _could_win(self, keep: KeepSet, now: Trial) -> bool:
         """Whether `keep` would be faster than `now` if every draft were accepted."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import BRANCHES, DraftView, Precision, Unit
+
+EVERYTHING: Mapping[str, bool] = dict.fromkeys(BRANCHES, True)
 
 
 def units(view: KeepSet, num_layers: int, *, kept: bool, whole: bool) -> Iterator[tuple[Unit, ...]]:
@@ -24,17 +26,23 @@ def without(view: KeepSet, unit: Sequence[Unit]) -> DraftView:
     return DraftView.from_units({u: p for u, p in _units(view).items() if u not in unit})
 
 
-def with_(view: KeepSet, unit: Sequence[Unit], precision: Precision | None = None) -> DraftView:
-    """`view` with `unit` running, at `precision`; None: at the one that most of the view has."""
-    precision = precision or _usual(view)
-    return DraftView.from_units({**_units(view), **dict.fromkeys(unit, precision)})
+def with_(view: KeepSet, unit: Sequence[Unit], can_round: Mapping[str, bool] = EVERYTHING) -> DraftView:
+    """`view` with `unit` running, at the precision that most of the view has; in full where it cannot be rounded."""
+    usual = _usual(view)
+    added: dict[Unit, Precision] = {u: usual if can_round[u[0]] else "full" for u in unit}
+    return DraftView.from_units({**_units(view), **added})
 
 
-def retuned(view: KeepSet, precisions: Sequence[Precision]) -> list[DraftView]:
-    """`view` with one branch at another of `precisions`."""
+def retuned(
+    view: KeepSet, precisions: Sequence[Precision], can_round: Mapping[str, bool] = EVERYTHING
+) -> list[DraftView]:
+    """`view` with one branch at another of `precisions`; experts, which cannot be rounded, stay as they are."""
     now = _units(view)
     return [
-        DraftView.from_units({**now, unit: p}) for unit, old in now.items() for p in precisions if p != old
+        DraftView.from_units({**now, unit: p})
+        for unit, old in now.items()
+        for p in precisions
+        if p != old and can_round[unit[0]]
     ]
 
 

@@ -23,6 +23,11 @@ def whole_at_lowest(costs: Costs) -> DraftView:
     return min(views, key=lambda view: costs.layers_ms(view, 1))
 
 
+def _with_its_head(costs: Costs) -> Costs:
+    """With the fastest head over all tokens for the draft's."""
+    return costs.model_copy(update={"draft_head": min(costs.head.values(), key=lambda column: column[0])})
+
+
 def refuse_hopeless(stack: DecoderStack, costs: Costs) -> None:
     """Refuses a dtype in which even drafts of the whole target, rounded and all accepted, would not pay.
 
@@ -32,24 +37,26 @@ def refuse_hopeless(stack: DecoderStack, costs: Costs) -> None:
     Raises:
         SdfpError: With what float32 would give, where that is better.
     """
-    view = whole_at_lowest(costs)
+    view, costs = whole_at_lowest(costs), _with_its_head(costs)
     if not view.rounded or costs.bound(view, MAX_TRIED) > WORTHWHILE:
         return
     rows = costs.rows.index(4) if 4 in costs.rows else -1
     why = (
         f"a draft step costs {costs.draft_ms(view) / costs.plain_ms():.2f} of a step of {costs.dtype}, and verifying "
-        f"{costs.rows[rows]} rows {costs.target_ms(costs.rows[rows]) / costs.target_ms(1):.1f}: drafts cannot pay on "
-        "this machine even if all are accepted"
+        f"{costs.rows[rows]} rows {costs.target_ms(costs.rows[rows]) / costs.target_ms(1):.1f}: on this machine drafts "
+        "of the whole model cannot pay even if all are accepted"
     )
     way_out = "Serve without SDFP, or go on with --anyway."
     if costs.dtype != "float32":
-        other = measure_costs(
-            stack,
-            precisions=[p for p in costs.precisions if p != "full"],
-            max_rows=_ROWS,
-            batch_rows=(),
-            seconds=_SECONDS,
-            dtype=torch.float32,
+        other = _with_its_head(
+            measure_costs(
+                stack,
+                precisions=[p for p in costs.precisions if p != "full"],
+                max_rows=_ROWS,
+                batch_rows=(),
+                seconds=_SECONDS,
+                dtype=torch.float32,
+            )
         )
         best = max(other.speedup(view, k, sum(_TYPICAL**j for j in range(k + 1))) for k in range(1, _ROWS))
         plain, half = 1e3 / other.plain_ms(), 1e3 / costs.plain_ms()

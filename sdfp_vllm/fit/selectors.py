@@ -129,6 +129,7 @@ def by_auto(problem: Problem) -> Choice:
         precisions=problem.precisions,
         memory=problem.memory,
         worth=worth,
+        can_round=problem.can_round,
     )
     starts, curve = roll_out_chains(
         chains, problem.judging, problem.cost, draft_tokens=problem.draft_tokens, advance=problem.advance

@@ -142,6 +142,9 @@ class DecoderStack:
         """Layer i's attention or MLP on weights rounded to `precision`, as the engine runs it; made once."""
         key = (i, branch, precision)
         if key not in self._rounded:
+            held = list(dict.fromkeys(p for _, _, p in self._rounded if p != precision))
+            if len(held) > 1:  # copies of three precisions at once would be as large as the model
+                self._rounded = {k: m for k, m in self._rounded.items() if k[2] != held[0]}
             self._rounded[key] = rounded_copy(getattr(self.layers[i], _LAST[branch]), precision)
         return self._rounded[key]
 

@@ -137,6 +137,18 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     refuse_missing_kernels(plan, model_config)
     k = draft_tokens(plan, settings.get("num_speculative_tokens"))
     adaptive, ngram = drafting_mode(plan, settings)
+    served = str(model_config.dtype).removeprefix("torch.")
+    if plan.costs and plan.costs.dtype != served:
+        logger.warning(
+            "The plan %s was made for %s, and the model is served in %s: drafts stay exact, but costs and acceptance are "
+            "others. Serve with --dtype %s, or plan with `sdfp plan %s --dtype %s`.",
+            path,
+            plan.costs.dtype,
+            served,
+            plan.costs.dtype,
+            plan.model,
+            served,
+        )
     if not plan.worthwhile:
         logger.warning(
             "The plan %s promises no gain over plain decoding on the machine that made it (%.2fx). Serving goes on "
@@ -197,8 +209,10 @@ def refuse_missing_kernels(plan: SkipPlan, model_config: Any) -> None:
     from sdfp_vllm.integration.rounded_linear import refusal
 
     hidden = plan.fingerprint.hidden_size
+    # Where there is a GPU, the front end must not touch it: the workers try their kernels themselves.
+    tried = current_platform.is_cpu()
     for precision in used:
-        if why := refusal(precision, model_config.dtype, hidden, hidden):  # type: ignore[arg-type]  # no "skip"
+        if why := refusal(precision, model_config.dtype, hidden, hidden, tried=tried):  # type: ignore[arg-type]  # no "skip"
             raise SdfpError(
                 f"plan {plan.model}: precision {precision}",
                 f"cannot run here: {why}",

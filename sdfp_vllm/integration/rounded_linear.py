@@ -106,11 +106,12 @@ class RoundedLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.precision}, {self.kernel}"
 
 
-def refusal(precision: Precision, dtype: torch.dtype, n: int, k: int) -> str | None:
+def refusal(precision: Precision, dtype: torch.dtype, n: int, k: int, *, tried: bool = True) -> str | None:
     """Says why vLLM has no kernel here for a weight [n, k] of `dtype` at `precision`; None: it has one.
 
     Asks vLLM's selection, after trying the precision once per process on a small weight: a kernel that is
-    there but fails, or computes something else, is refused too.
+    there but fails, or computes something else, is refused too. With `tried` false only the selection is asked, which
+    leaves a GPU alone.
     """
     if why := unroundable(precision, k):
         return why
@@ -120,7 +121,7 @@ def refusal(precision: Precision, dtype: torch.dtype, n: int, k: int) -> str | N
         raise  # a vLLM release this package has not met
     except Exception as e:  # whatever a kernel's own checks raise
         return _in_one_line(e)
-    return _fault(precision, dtype)
+    return _fault(precision, dtype) if tried else None
 
 
 class _Reference:

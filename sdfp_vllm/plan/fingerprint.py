@@ -51,7 +51,7 @@ def resolve_model_dir(model: str, revision: str | None = None) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model"]
+    patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model", "*.jinja"]
     try:
         try:
             return Path(

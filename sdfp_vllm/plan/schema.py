@@ -320,7 +320,18 @@ class SkipPlan(_Strict):
         keep, head = self.keep, self.view.head.model_copy(update={"precision": "full"})
         view = StoredView.of(keep, self.fingerprint.num_layers, self.view.bridges, head)
         costs = self.costs and self.costs.model_copy(update={"draft_head": None})
-        return self.model_copy(update={"view": view, "extra_bytes": 0, "costs": costs})
+        rows = (head.tokens or 0) * self.fingerprint.hidden_size
+        wide = 4 if self.costs and self.costs.dtype == "float32" else 2
+        changes = {
+            "view": view,
+            "extra_bytes": rows * wide,
+            "costs": costs,
+            "check": None,
+            "draft_tokens_by_batch": [],
+        }
+        if keep.size == self.fingerprint.num_layers:  # the target drafting for itself
+            changes |= {"worthwhile": False}
+        return self.model_copy(update=changes)
 
     @property
     def pacing(self) -> Pacing | None:

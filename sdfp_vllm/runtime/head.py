@@ -77,7 +77,9 @@ class _Rows(nn.Module):
         """Takes the rows from the head as it is now."""
         (head,) = self._source
         weight = _of(head.weight, self._rows)
-        if self._precision == "full":
+        if self._precision == "full" and self.weight is not None and weight.device.type != "cpu":
+            self.weight.data.copy_(weight)  # a captured graph reads these very rows
+        elif self._precision == "full":
             self.weight = nn.Parameter(weight, requires_grad=False)
             self.quant_method = UnquantizedEmbeddingMethod()
             self.quant_method.process_weights_after_loading(

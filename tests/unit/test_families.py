@@ -235,7 +235,7 @@ def test_moves_keep_what_they_do_not_touch_and_add_at_the_usual_precision():
     view = DraftView.at(KeepSet((0, 1)), {("attention", 0): "int8", ("mlp", 0): "int8", ("mlp", 1): "int8"})
     more = with_(view, (("mlp", 3),))
     assert more.as_units() == {**view.as_units(), ("mlp", 3): "int8"}
-    assert with_(view, (("mlp", 3),), "full").precision(3, "mlp") == "full"
+    assert with_(view, (("mlp", 3),), {"attention": True, "mlp": False}).precision(3, "mlp") == "full"
     assert with_(KeepSet((0,)), (("mlp", 3),)) == KeepSet((0,), mlp=(3,))
     fewer = without(view, (("attention", 1), ("mlp", 1)))
     assert fewer == DraftView.at([0], "int8")
@@ -263,3 +263,13 @@ def test_costs_by_precision_are_what_a_chain_goes_by():
     """A precision that is slower than none is never taken."""
     slower = cost(rounded={"int8": 1.5})
     assert {s[2] for s in steps(chain(EVEN, slower))} == {"skip"}
+
+
+def test_experts_are_never_given_a_precision():
+    """A mixture of experts has no rounded copies: no move may propose one, whatever the rest of the view has."""
+    can_round = {"attention": True, "mlp": False}
+    view = DraftView.from_units({("attention", 0): "int8", ("mlp", 0): "full", ("attention", 1): "int8"})
+    moved = retuned(view, ("full", "int8"), can_round)
+    assert moved and all(m.precision(0, "mlp") == "full" for m in moved)
+    both = with_(view, (("attention", 2), ("mlp", 2)), can_round)
+    assert (both.precision(2, "attention"), both.precision(2, "mlp")) == ("int8", "full")

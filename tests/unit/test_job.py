@@ -79,7 +79,7 @@ def test_plan_then_show_in_the_default_place(sdfp, model, text, tmp_path):
     folder = default_plan_dir(fingerprint(model))
     plan = load_plan(folder, expected=fingerprint(model))
     assert str(folder / "plan.json") in made.output
-    assert f"vllm serve {model} --speculative-model sdfp" in made.output
+    assert f"vllm serve {model} --dtype {plan.costs.dtype} --speculative-model sdfp" in made.output
     assert [f.name for f in folder.iterdir()] == ["plan.json"]
     assert len(plan.scores) == 4 and plan.curve and plan.costs and plan.chances and plan.check is None
     assert plan.view.branches in [c.view for c in plan.curve]
@@ -244,3 +244,25 @@ def test_a_model_without_tokenizer_is_refused_by_name(sdfp, model, tmp_path):
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
     result = sdfp("plan", tmp_path)
     assert result.exit_code == 2 and "no tokenizer" in result.stderr
+
+
+def test_a_deep_mixture_of_experts_is_planned_with_its_experts_in_full(tmp_path, model, text):
+    """More moves than are screened: each is weighed by its score, which experts have for skipping alone."""
+    sizes = dict(hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+    experts = dict(moe_intermediate_size=64, decoder_sparse_step=1, num_hidden_layers=14, vocab_size=300)
+    made = tiny_model("qwen3_moe", **sizes, **experts, eos_token_id=None, max_position_embeddings=256)
+    made.save_pretrained(tmp_path / "moe")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "moe" / file).write_bytes((model / file).read_bytes())
+    small = dict(sequences=2, length=16, text_sequences=2, prompt=8, new_tokens=8)
+    plan = make_plan(
+        str(tmp_path / "moe"),
+        out=tmp_path / "plan",
+        calibration=str(text),
+        run_check=False,
+        precision="int8",  # at this size it is slower, and auto would leave it out
+        **small,
+    )
+    assert set(plan.view.mlp) <= {"full", "skip"}
+    assert all(set(c.mlp) <= {"full", "skip"} for c in plan.curve)
+    assert "int8" in plan.costs.precisions
