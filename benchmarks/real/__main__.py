@@ -25,7 +25,7 @@ from rich.console import Console
 from sdfp_vllm.fit.calibration import read_chats
 from sdfp_vllm.fit.job import make_plan
 from sdfp_vllm.machine import processor
-from sdfp_vllm.measure import EngineSpec, Measurement, run_engines
+from sdfp_vllm.measure import EngineSpec, Measurement, run_engine, run_engines
 from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.results_file import save_results
 from sdfp_vllm.source_tree import git_sha
@@ -56,7 +56,11 @@ def main() -> None:
             **settings,
         )
     plan = load_plan(plans["sdfp"])
-    methods = [m for m in methods_at_hand(asked.draft is not None) if m != "paper" or asked.paper]
+    methods = [
+        m
+        for m in methods_at_hand(asked.draft is not None)
+        if (m != "paper" or asked.paper) and (asked.methods is None or m in ("plain", *asked.methods))
+    ]
     specs = engine_specs(
         methods,
         Asked(model, questions, asked.tokens, asked.batches, asked.sampled, asked.dtype, asked.eager),
@@ -64,10 +68,15 @@ def main() -> None:
         asked.draft,
         plan.num_speculative_tokens,
     )
+    in_turns = True
     measured: dict[str, list[tuple[Measurement, Measurement]]] = {}
-    for group in _groups(specs, model, asked.dtype, plan.extra_bytes):
+    for group in _groups(specs, model, plan.extra_bytes):
         with console.status(f"Running {', '.join(group)}"):
-            results = dict(zip(group, run_engines([specs[m] for m in group]), strict=True))
+            wanted = [specs[m] for m in group]
+            fits = len(group) == 1 or sum(_size(specs[m], model, plan.extra_bytes) for m in group) <= _room()
+            ran = run_engines(wanted) if fits else [run_engine(spec) for spec in wanted]  # else not in turns
+            in_turns = in_turns and fits
+            results = dict(zip(group, ran, strict=True))
         for method in group:
             measured.setdefault(method, []).append((results[method], results["plain"]))
     rows = rows_of(specs, measured, plan)
@@ -80,6 +89,7 @@ def main() -> None:
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "vllm": measured["plain"][0][0].vllm_version,
         "torch": torch.__version__,
+        "in_turns": in_turns,
         "engine": "eager" if asked.eager else "compiled",
         "dtype": asked.dtype,
         "git_sha": git_sha(),
@@ -94,21 +104,26 @@ def main() -> None:
     Console(width=160).print(table(rows))
 
 
-def _groups(specs: dict[str, EngineSpec], model: Path, dtype: str, extra: int) -> list[list[str]]:
-    """Engines that memory holds at once, "plain" in each group."""
-    stored = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-
-    def size(name: str) -> float:
-        wide = 2 if specs[name].dtype == "float32" else 1
-        return 1.2 * stored * wide + _OWN_BYTES + (extra if name == "sdfp" else 0)
-
-    room = 0.9 * psutil.virtual_memory().available
+def _groups(specs: dict[str, EngineSpec], model: Path, extra: int) -> list[list[str]]:
+    """Engines that memory holds at once, "plain" in each group; two at least, which else run one after the other."""
     groups: list[list[str]] = []
     for name in (n for n in specs if n != "plain"):
-        if not groups or sum(map(size, [*groups[-1], name])) > room:
+        together = [*groups[-1], name] if groups else []
+        if not groups or sum(_size(specs[n], model, extra) for n in together) > _room():
             groups.append(["plain"])
         groups[-1].append(name)
-    return groups
+    return groups or [["plain"]]
+
+
+def _size(spec: EngineSpec, model: Path, extra: int) -> float:
+    """Bytes of an engine, while it loads."""
+    stored = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+    drafts = extra if (spec.speculative or {}).get("method") == "sdfp" else 0
+    return 1.7 * stored * (2 if spec.dtype == "float32" else 1) + _OWN_BYTES + drafts
+
+
+def _room() -> float:
+    return 0.9 * psutil.virtual_memory().available
 
 
 def _arguments() -> argparse.Namespace:
@@ -126,6 +141,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sampled", type=int, default=4, help="questions also asked at temperature 0.7")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--paper", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--methods", type=lambda s: s.split(";"), help="only these, beside plain; separated by semicolons"
+    )
     parser.add_argument("--provenance", default="", help="where the weights come from, for the results file")
     parser.add_argument("--work", type=Path, default=Path("out/real"), help="folder for the plans")
     parser.add_argument("--out", type=Path)

@@ -31,7 +31,7 @@ _PROBE_TOKENS, _PROBES = 32, 12
 _PROBE_DRAFTS = 2
 _NEW_TOKENS = 40
 _ENGINE_BYTES = 2 << 30  # of an engine beside its weights
-_PACKED = 1.3  # weights and what packing keeps beside them
+_PACKED = 1.7  # weights and what loading and packing take beside them
 
 
 def engine_is_here() -> bool:
