@@ -82,8 +82,9 @@ def main() -> None:
     rows = rows_of(specs, measured, plan)
     content = {
         "date": str(date.today()),
-        "command": " ".join(["python", "benchmarks/real", *sys.argv[1:]]),
-        "model": asked.model,
+        # Names without folders: where a model lies on this machine is nobody else's business.
+        "command": " ".join(["python", "benchmarks/real", *map(_name, sys.argv[1:])]),
+        "model": model.name,
         "provenance": asked.provenance,
         "questions": f"{len(questions)} of {Path(asked.questions).name}, seed {asked.seed}, {asked.tokens} tokens each",
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
@@ -124,6 +125,10 @@ def _size(spec: EngineSpec, model: Path, extra: int) -> float:
 
 def _room() -> float:
     return 0.9 * psutil.virtual_memory().available
+
+
+def _name(argument: str) -> str:
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _arguments() -> argparse.Namespace:
