@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sdfp_vllm.fit.engine_check import stored_dtype
 from sdfp_vllm.measure import EngineSpec, Turn
 
 TEMPERATURE = 0.7
@@ -86,9 +86,3 @@ def engine_specs(
             environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
         )
     return specs
-
-
-def stored_dtype(model: Path) -> str:
-    """The checkpoint's."""
-    config = json.loads((model / "config.json").read_text())
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")

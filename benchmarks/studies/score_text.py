@@ -22,9 +22,9 @@ from sdfp_vllm.fit.first_step import FirstStep
 from sdfp_vllm.fit.fisher import fisher_scores
 from sdfp_vllm.fit.moves import without
 from sdfp_vllm.fit.options import DTYPES, PlanOptions
-from sdfp_vllm.fit.rollout import DraftRollout
+from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.fit.texts import Texts, own_windows, write
+from sdfp_vllm.fit.texts import Texts, own_windows
 from sdfp_vllm.machine import processor
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import BRANCHES
@@ -47,7 +47,9 @@ def main() -> None:
     texts = Texts.read(options, load_tokenizer(Path(asked.model)))
     stack = DecoderStack(load_target(asked.model, DTYPES[asked.dtype], options.device))
     with console.status("The target writes"):
-        text = write(stack, texts.ask(stack)[: 2 * asked.sequences], options.new_tokens, lambda n: None)
+        text = greedy_continuations(
+            stack, texts.ask(stack)[: 2 * asked.sequences], options.new_tokens, lambda n: None
+        )
     scored, judged = text.split(asked.sequences)
     assert judged is not None
     ids = {"own": own_windows(scored, asked.sequences), "corpus": texts.corpus()}

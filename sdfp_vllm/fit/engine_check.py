@@ -132,7 +132,7 @@ def with_check(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    dtype, stored = plan.costs.dtype, _stored_dtype(model_dir)
+    dtype, stored = plan.costs.dtype, stored_dtype(model_dir)
     turns = one_by_one(prompts, _NEW_TOKENS)
     settings = _settings(max(map(len, prompts)) + _NEW_TOKENS, eager)
 
@@ -210,7 +210,7 @@ def _settings(positions: int, eager: bool) -> dict[str, object]:
     return settings
 
 
-def _stored_dtype(model_dir: Path) -> str:
+def stored_dtype(model_dir: Path) -> str:
     """The checkpoint's own dtype, which vLLM serves by default."""
     config = json.loads((model_dir / "config.json").read_text())
     config = config.get("text_config", config)

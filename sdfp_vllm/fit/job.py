@@ -25,13 +25,13 @@ from sdfp_vllm.fit.memory import Memory, parse_memory
 from sdfp_vllm.fit.options import DTYPES, PlanOptions
 from sdfp_vllm.fit.progress import Stages, stages
 from sdfp_vllm.fit.prospects import refuse_hopeless
-from sdfp_vllm.fit.rollout import Continuations, DraftRollout
+from sdfp_vllm.fit.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.fit.rounded import fused_linears, usable_precisions
 from sdfp_vllm.fit.scores import with_rounding
 from sdfp_vllm.fit.search import MAX_TRIED, candidate_sizes, check_request
 from sdfp_vllm.fit.selectors import SELECTORS, Problem, most_steps
 from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.fit.texts import CHECKED, Texts, own_windows, write
+from sdfp_vllm.fit.texts import CHECKED, Texts, own_windows
 from sdfp_vllm.plan.bridge_file import pack_bridges
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
@@ -83,7 +83,7 @@ def make_plan(
         costs = _costs(stack, model_dir, identity, options, bar)
         with bar.step("Target's own text", options.new_tokens) as advance:
             tried, checked = _parted(texts.ask(stack), options)
-            text = write(stack, tried, options.new_tokens, advance)
+            text = greedy_continuations(stack, tried, options.new_tokens, advance)
         ids = own_windows(text, options.sequences) if corpus is None else corpus
         scores = layer_scores(stack, sums) if sums else _scores(stack, ids, identity, folder, options, bar)
         scores = with_rounding(stack, scores, costs.precisions)

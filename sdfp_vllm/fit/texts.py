@@ -13,7 +13,7 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.calibration import count_tokens, is_chat_source, load_calibration, read_chats
 from sdfp_vllm.fit.chats import chat_prompts, has_chat_template
 from sdfp_vllm.fit.options import PlanOptions
-from sdfp_vllm.fit.rollout import Continuations, greedy_continuations
+from sdfp_vllm.fit.rollout import Continuations
 from sdfp_vllm.fit.stack import DecoderStack
 
 CHECKED = 4  # prompts for the check on the engine, which nothing was tried on
@@ -110,13 +110,6 @@ def own_windows(text: Continuations, most: int) -> Tensor:
     """The ends of up to `most` sequences that the target wrote, of one length without padding, int64 [N, T]."""
     ids = text.ids[:most]
     return ids[:, int(text.begins[:most].max()) :]
-
-
-def write(
-    stack: DecoderStack, prompts: list[Tensor], new_tokens: int, advance: Callable[[int], None]
-) -> Continuations:
-    """What the target answers."""
-    return greedy_continuations(stack, prompts, new_tokens, advance)
 
 
 def _is_chats(options: PlanOptions, tokenizer: Any) -> bool:

@@ -8,8 +8,7 @@ whole is checked on a row of hidden states at load.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -173,8 +172,7 @@ def draft_head(target: Any, tokens: Tensor | None, precision: Precision = "full"
             if gathered > head.org_vocab_size:
                 reason = "its tokens lie too unevenly over the tensor-parallel ranks"
                 break
-        with _default_dtype(_dtype(model)):
-            own = _Rows(head, rows, precision)
+        own = _Rows(head, rows, precision)
         twin = _with(model, place, own)
         row = torch.randn(1, head.weight.shape[1], dtype=_dtype(model), device=head.weight.device)
         whole, part = target.compute_logits(row), twin.compute_logits(row)
@@ -195,17 +193,6 @@ def draft_head(target: Any, tokens: Tensor | None, precision: Precision = "full"
         reason,
     )
     return None
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Kernels that are built here give their results in the default dtype, as while a model is loaded."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _shares(head: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None, int]:

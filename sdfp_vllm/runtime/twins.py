@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,9 +58,5 @@ def rounded_branch(module: nn.Module, index: int, branch: Branch, precision: Pre
 def copies_of(draft: nn.Module) -> int:
     """Bytes of the rounded copies that a draft runs on, each counted once."""
     methods = (getattr(m, "quant_method", None) for m in draft.modules())
-    return total_bytes(m.rounded for m in methods if isinstance(m, RoundedMethod))
-
-
-def total_bytes(copies: Iterable[RoundedLinear]) -> int:
-    """Bytes of these, each counted once."""
-    return sum(made.nbytes for made in {id(made): made for made in copies}.values())
+    copies = {id(m.rounded): m.rounded for m in methods if isinstance(m, RoundedMethod)}
+    return sum(made.nbytes for made in copies.values())
