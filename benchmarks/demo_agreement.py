@@ -23,15 +23,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-import sdfp_vllm.demo
-from sdfp_vllm.demo.prompts import held_out_prompts
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the toy target
+
+import toy
+from toy.held_out import held_out_prompts
+
 from sdfp_vllm.fit.calibration import load_calibration
 from sdfp_vllm.fit.fisher import fisher_scores
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.search import ranked_layers
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 
-MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+MODEL = toy.MODEL
 RESULT = Path(__file__).parent / "results" / "demo_agreement.json"
 
 

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sdfp_vllm.demo.target import PACKAGED
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the toy target
+
+from toy.scaled import PACKAGED
 
 # Shapes of public models, as their config.json has them.
 SHAPES: dict[str, dict[str, Any]] = {

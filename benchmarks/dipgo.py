@@ -31,7 +31,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdfp_vllm.demo.run import provenance
 from sdfp_vllm.dipgo.budget import gates_at_budget
 from sdfp_vllm.dipgo.demo import GUIDANCE
 from sdfp_vllm.dipgo.digits.judge import judge
@@ -43,6 +42,7 @@ from sdfp_vllm.dipgo.quality import psnr, ssim
 from sdfp_vllm.dipgo.refine import Task, log_error
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.fit.progress import stages
+from sdfp_vllm.provenance import provenance
 from sdfp_vllm.results_file import save_results
 
 BUDGETS = (0.75, 0.5, 0.35, 0.25)

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdfp_vllm.demo.run import provenance
 from sdfp_vllm.dipgo.demo import GUIDANCE
 from sdfp_vllm.dipgo.digits.pipelines import digits_folder, digits_pipeline
 from sdfp_vllm.dipgo.job import SearchOptions, find, quality
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.stopwatch import measure_latency
 from sdfp_vllm.fit.progress import stages
+from sdfp_vllm.provenance import provenance
 from sdfp_vllm.results_file import save_results
 
 BUDGETS = (0.75, 0.5, 0.35)

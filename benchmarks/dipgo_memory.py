@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from sdfp_vllm.demo.run import provenance
+from sdfp_vllm.provenance import provenance
 
 
 def peak_mib() -> float:

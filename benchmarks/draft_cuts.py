@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ def main() -> None:
     engines_here()
     from vllm import LLM
 
-    from sdfp_vllm.demo.prompts import held_out_prompts
-    from sdfp_vllm.demo.target import PACKAGED
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the toy target
+    from toy.held_out import held_out_prompts
+    from toy.scaled import PACKAGED
+
     from sdfp_vllm.runtime import proposer
 
     model = PACKAGED / "model"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     asked = parser.parse_args()
     engines_here(asked.threads)
-    from sdfp_vllm.demo.target import PACKAGED, demo_target
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the toy target
+    from toy.scaled import PACKAGED, demo_target
 
     for name, model in (("as trained", PACKAGED / "model"), ("widened", demo_target())):
         print(json.dumps({"target": name} | profile(model, asked.tokens)))

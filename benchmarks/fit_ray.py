@@ -30,9 +30,9 @@ import torch
 from fit_memory import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sdfp_vllm.demo.run import provenance
 from sdfp_vllm.fit.ray_fisher import FisherJob, ray_fisher_sums
 from sdfp_vllm.plan.fingerprint import fingerprint
+from sdfp_vllm.provenance import provenance
 from sdfp_vllm.ray_cluster import RayOptions, ray_cluster
 
 RESULT = Path(__file__).parent / "results" / "fit_ray.json"

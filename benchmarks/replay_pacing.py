@@ -27,7 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent / "suite"))
 
 from workloads import CODE, COPY, NOISE, PROSE, Cell, turn
 
-from sdfp_vllm.demo.target import PACKAGED
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the toy target
+
+from toy.scaled import PACKAGED
+
 from sdfp_vllm.fit.bridged_stack import bridging
 from sdfp_vllm.fit.head import RolledHead
 from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations

@@ -223,12 +223,13 @@ def settle(server: Server, seconds: float = 20) -> dict[str, float]:
 
 
 def main() -> None:
-    import sdfp_vllm.demo
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the toy target
+    import toy
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=Path(sdfp_vllm.demo.__file__).parent / "model")
+    parser.add_argument("--model", type=Path, default=toy.MODEL)
     parser.add_argument("--plan", default="sdfp", help='a plan folder, or "sdfp" for the model\'s own plan')
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--clients", type=int, default=6)

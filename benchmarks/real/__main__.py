@@ -1,6 +1,7 @@
 """Real models, asked real questions: plain vLLM in two dtypes, SDFP, and its rivals, in turns.
 
-    python benchmarks/real MODEL --questions FILE.jsonl [--draft MODEL] [--provenance TEXT] [--out FILE]
+    make bench                                        # SmolLM2-135M-Instruct, the project's own questions
+    python benchmarks/real MODEL --questions FILE.jsonl [--draft MODEL] [--out FILE]
 
 Every engine is asked the same questions through the model's chat template, greedy: one at a time, then four and eight at
 a time, then some of them one at a time at temperature 0.7. SDFP answers each twice: with drafts of the model alone, and
@@ -16,79 +17,83 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from engines import Asked, engine_specs, methods_at_hand
-from figures import rows_of, table
+from engines import Asked, engine_specs
+from figures import kinds_of, rows_of, table
 from rich.console import Console
 
-from sdfp_vllm.fit.calibration import read_chats
+from sdfp_vllm.demo.methods import METHODS, PAPER, PLAIN, SDFP, can_run
+from sdfp_vllm.demo.questions import choose
+from sdfp_vllm.demo.smollm2 import smollm2
+from sdfp_vllm.engine_memory import fit_together
 from sdfp_vllm.fit.job import make_plan
 from sdfp_vllm.machine import processor
 from sdfp_vllm.measure import EngineSpec, Measurement, run_engine, run_engines
+from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.store import load_plan
+from sdfp_vllm.provenance import weights_of
 from sdfp_vllm.results_file import save_results
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer
-
-_OWN_BYTES = 2 << 30  # of an engine beside its weights
 
 
 def main() -> None:
     asked = _arguments()
     console = Console(stderr=True)
-    model = Path(asked.model)
-    questions = [
-        ids.tolist() for ids in read_chats(asked.questions, load_tokenizer(model), asked.count, asked.seed)
+    model = resolve_model_dir(asked.model) if asked.model else smollm2()
+    work = asked.work / model.name
+    questions = choose(load_tokenizer(model), file=asked.questions, per_kind=asked.per_kind, seed=asked.seed)[
+        : asked.count
     ]
-    plans = {"sdfp": asked.work / "plan", "paper": asked.work / "paper"}
+    plans = {SDFP: work / "plan", PAPER: work / "paper"}
     settings: dict[str, Any] = dict(dtype=asked.dtype, eager=asked.eager, console=console)
-    if not (plans["sdfp"] / "plan.json").is_file():
-        make_plan(str(model), out=plans["sdfp"], **settings)
-    if asked.paper and not (plans["paper"] / "plan.json").is_file():
-        make_plan(
-            str(model),
-            out=plans["paper"],
-            selector="fit",
-            precision="full",
-            head="full",
-            run_check=False,
-            **settings,
-        )
-    plan = load_plan(plans["sdfp"])
+    if not (plans[SDFP] / "plan.json").is_file():
+        make_plan(str(model), out=plans[SDFP], run_check=asked.check, **settings)
+    if asked.paper and not (plans[PAPER] / "plan.json").is_file():
+        own = dict(selector="fit", precision="full", head="full", run_check=False, anyway=True)
+        make_plan(str(model), out=plans[PAPER], **own, **settings)
+    plan = load_plan(plans[SDFP])
     methods = [
         m
-        for m in methods_at_hand(asked.draft is not None)
-        if (m != "paper" or asked.paper) and (asked.methods is None or m in ("plain", *asked.methods))
+        for m in METHODS
+        if can_run(m, asked.draft)
+        and (m != PAPER or asked.paper)
+        and (asked.methods is None or m in (PLAIN, *asked.methods))
     ]
+    prompts = [q.ids for q in questions]
     specs = engine_specs(
         methods,
-        Asked(model, questions, asked.tokens, asked.batches, asked.sampled, asked.dtype, asked.eager),
+        Asked(model, prompts, asked.tokens, asked.batches, asked.sampled, asked.dtype, asked.eager),
         plans,
         asked.draft,
-        plan.num_speculative_tokens,
     )
     in_turns = True
-    measured: dict[str, list[tuple[Measurement, Measurement]]] = {}
-    for group in _groups(specs, model, plan.extra_bytes):
+    runs: dict[str, list[tuple[Measurement, Measurement]]] = {}
+    for group in _groups(specs, plan.extra_bytes):
         with console.status(f"Running {', '.join(group)}"):
             wanted = [specs[m] for m in group]
-            fits = len(group) == 1 or sum(_size(specs[m], model, plan.extra_bytes) for m in group) <= _room()
-            ran = run_engines(wanted) if fits else [run_engine(spec) for spec in wanted]  # else not in turns
-            in_turns = in_turns and fits
-            results = dict(zip(group, ran, strict=True))
+            together = fit_together(wanted, plan.extra_bytes)
+            ran = run_engines(wanted) if together else [run_engine(spec) for spec in wanted]
+            in_turns = in_turns and together
+        results = dict(zip(group, ran, strict=True))
         for method in group:
-            measured.setdefault(method, []).append((results[method], results["plain"]))
-    rows = rows_of(specs, measured, plan)
+            runs.setdefault(method, []).append((results[method], results[PLAIN]))
+    rows = rows_of(specs, runs, plan)
+    kinds = [q.kind for q in questions]
     content = {
         "date": str(date.today()),
         # Names without folders: where a model lies on this machine is nobody else's business.
         "command": " ".join(["python", "benchmarks/real", *map(_name, sys.argv[1:])]),
         "model": model.name,
-        "provenance": asked.provenance,
-        "questions": f"{len(questions)} of {Path(asked.questions).name}, seed {asked.seed}, {asked.tokens} tokens each",
+        "weights": asked.provenance or weights_of(asked.model or str(model), model),
+        "questions": {
+            "from": Path(asked.questions).name if asked.questions else "the project's own",
+            "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            "seed": asked.seed,
+            "new_tokens": asked.tokens,
+        },
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
-        "vllm": measured["plain"][0][0].vllm_version,
+        "vllm": runs[PLAIN][0][0].vllm_version,
         "torch": torch.__version__,
         "in_turns": in_turns,
         "engine": "eager" if asked.eager else "compiled",
@@ -99,32 +104,22 @@ def main() -> None:
             include={"view", "extra_bytes", "num_speculative_tokens", "prediction", "check", "costs", "made"},
         ),
         "rows": rows,
+        "kinds": kinds_of(specs, runs, kinds),
     }
     if asked.out:
         save_results(asked.out, content)
     Console(width=160).print(table(rows))
 
 
-def _groups(specs: dict[str, EngineSpec], model: Path, extra: int) -> list[list[str]]:
-    """Engines that memory holds at once, "plain" in each group; two at least, which else run one after the other."""
+def _groups(specs: dict[str, EngineSpec], copies: int) -> list[list[str]]:
+    """Engines that memory holds at once, plain vLLM in each group; two at least, which else run one after the other."""
     groups: list[list[str]] = []
-    for name in (n for n in specs if n != "plain"):
+    for name in (n for n in specs if n != PLAIN):
         together = [*groups[-1], name] if groups else []
-        if not groups or sum(_size(specs[n], model, extra) for n in together) > _room():
-            groups.append(["plain"])
+        if not groups or not fit_together([specs[n] for n in together], copies):
+            groups.append([PLAIN])
         groups[-1].append(name)
-    return groups or [["plain"]]
-
-
-def _size(spec: EngineSpec, model: Path, extra: int) -> float:
-    """Bytes of an engine, while it loads."""
-    stored = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-    drafts = extra if (spec.speculative or {}).get("method") == "sdfp" else 0
-    return 1.7 * stored * (2 if spec.dtype == "float32" else 1) + _OWN_BYTES + drafts
-
-
-def _room() -> float:
-    return 0.9 * psutil.virtual_memory().available
+    return groups or [[PLAIN]]
 
 
 def _name(argument: str) -> str:
@@ -135,26 +130,28 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("--questions", required=True, help="jsonl with turns, messages or prompt")
+    parser.add_argument("model", nargs="?", help="folder or hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--questions", type=Path, help="jsonl with turns, messages or prompt; default: the project's own")  # fmt: skip
     parser.add_argument("--draft", help="a smaller model for vLLM's draft_model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--per-kind", type=int, default=2, help="questions of each kind (the rows' category)")
+    parser.add_argument("--count", type=int, default=12, help="questions in all, at most")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batches", type=lambda s: [int(b) for b in s.split(",")], default=[1, 4, 8])
     parser.add_argument("--sampled", type=int, default=4, help="questions also asked at temperature 0.7")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--paper", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
+        "--check", action=argparse.BooleanOptionalAction, default=True, help="plan with its check"
+    )
+    parser.add_argument(
         "--methods", type=lambda s: s.split(";"), help="only these, beside plain; separated by semicolons"
     )
     parser.add_argument("--provenance", default="", help="where the weights come from, for the results file")
     parser.add_argument("--work", type=Path, default=Path("out/real"), help="folder for the plans")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    asked.work = asked.work / Path(asked.model).name
-    return asked
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

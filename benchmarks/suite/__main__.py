@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # for the toy target
 
 from engines import (
     DIALLED,
@@ -50,14 +51,14 @@ from engines import (
 from figures import headline, least_time, row
 from pages import picture, tables
 from rich.console import Console
+from toy.scaled import demo_cache, demo_draft, demo_target
 from workloads import KINDS, NOISE, Cell, cells, turn
 
-from sdfp_vllm.demo.run import provenance
-from sdfp_vllm.demo.target import demo_cache, demo_draft, demo_target
 from sdfp_vllm.fit.job import make_plan
 from sdfp_vllm.fit.progress import stages
 from sdfp_vllm.measure import run_engines
 from sdfp_vllm.plan.schema import SkipPlan
+from sdfp_vllm.provenance import provenance
 from sdfp_vllm.report import parts
 from sdfp_vllm.results_file import save_results
 

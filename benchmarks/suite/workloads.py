@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdfp_vllm.demo.prompts import held_out_prompts
+from toy.held_out import held_out_prompts
+
 from sdfp_vllm.measure import Turn
 
 CODE, PROSE, COPY, NOISE = "code completion", "free text", "copy-heavy", "noise"

@@ -9,31 +9,42 @@ import typer
 
 
 def demo_command(
-    prompts: Annotated[int, typer.Option(help="Number of held-out prompts.")] = 6,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 64,
-    draft_model_tokens: Annotated[
-        int, typer.Option(help="Draft tokens a round for vLLM's draft_model; 2 suits the demo draft best.")
-    ] = 2,
-    methods: Annotated[str, typer.Option(help="Comma-separated subset.")] = "plain,sdfp,ngram,draft_model",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hugging Face id (default: SmolLM2-135M-Instruct, fetched)."),
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Your questions: a .jsonl with turns, messages or prompt.")
+    ] = None,
+    per_kind: Annotated[int, typer.Option(help="Questions of each kind (the rows' `category`).")] = 2,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated for each question.")] = 48,
+    methods: Annotated[
+        str, typer.Option(help="Subset, separated by semicolons.")
+    ] = "plain;plain, own dtype;sdfp;ngram;suffix;draft_model",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the target (default: float32 on a CPU, the checkpoint's on a GPU).")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="A smaller model, for vLLM's draft_model.")] = None,
     eager: Annotated[
-        bool, typer.Option("--eager/--compile", help="All engines without compilation start minutes sooner.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Picks the prompts.")] = 0,
+        bool, typer.Option("--eager/--compile", help="Engines without compilation start minutes sooner.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Picks the questions.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.json and demo.png.")] = Path(
         "out"
     ),
 ) -> None:
-    """Compare plain decoding, SDFP, ngram and draft_model on the embedded demo target."""
+    """Compare plain vLLM, SDFP and vLLM's own methods on a model of yours, or on SmolLM2-135M-Instruct."""
     from sdfp_vllm.demo.run import DemoSettings, run_demo
     from sdfp_vllm.terminal import console
 
     settings = DemoSettings(
-        prompts=prompts,
-        prompt_tokens=prompt_tokens,
+        model=model,
+        questions=questions,
+        per_kind=per_kind,
         new_tokens=new_tokens,
-        draft_model_tokens=draft_model_tokens,
-        methods=tuple(m.strip() for m in methods.split(",")),
+        methods=tuple(m.strip() for m in methods.split(";")),
+        dtype=dtype,
+        draft=draft,
         seed=seed,
         eager=eager,
         out=out,

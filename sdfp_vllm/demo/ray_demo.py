@@ -11,18 +11,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sdfp_vllm.demo.target import PACKAGED
+from sdfp_vllm.demo.smollm2 import smollm2
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.ray_cluster import RayOptions, ray_cluster
 from sdfp_vllm.terminal import console
 
-MODEL = PACKAGED / "model"
 WORKERS = REPLICAS = 2
-PROMPTS = [
-    "import os\n\n\ndef main(",
-    "class Node:\n    def __init__(self",
-    "for i in range(",
-    "def read(path",
+QUESTIONS = [
+    "Why is the sky blue?",
+    "Name three rivers of Europe.",
+    "Write a Python function that reverses a list.",
+    "What is 17 times 6?",
 ]
 _APP = "sdfp"
 # Small engines of one thread: the machine may have two cores, and nothing here is measured.
@@ -44,7 +43,7 @@ _SETTINGS = {
 
 
 def run_ray_demo(out: Path, console: Console) -> None:
-    """Plans the embedded demo model into `out` on Ray, serves it on Ray, and prints the answers.
+    """Plans SmolLM2-135M-Instruct into `out` on Ray, serves it on Ray, and prints the answers.
 
     Raises:
         SdfpError: If Ray is missing or the replicas do not start.
@@ -52,21 +51,26 @@ def run_ray_demo(out: Path, console: Console) -> None:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     with ray_cluster("local", where="make demo-ray", cpus=max(WORKERS, REPLICAS)):
-        plan = _plan(out, console)
-        port = _serve(plan, console)
+        model = str(smollm2())
+        plan = _plan(model, out, console)
+        port = _serve(model, plan, console)
         _ask(port, console)
 
 
-def _plan(out: Path, console: Console) -> Path:
+def _plan(model: str, out: Path, console: Console) -> Path:
     from sdfp_vllm.fit.job import make_plan
     from sdfp_vllm.report import parts
 
     console.print(f"FIT on {WORKERS} Ray workers:")
     plan = make_plan(
-        str(MODEL),
+        model,
         out=out / "ray-plan",
         console=console,
+        dtype="float32",
+        sequences=4,
         length=128,
+        text_sequences=4,
+        new_tokens=32,
         run_check=False,
         ray=RayOptions(workers=WORKERS),
     )
@@ -77,7 +81,7 @@ def _plan(out: Path, console: Console) -> Path:
     return out / "ray-plan"
 
 
-def _serve(plan: Path, console: Console) -> int:
+def _serve(model: str, plan: Path, console: Console) -> int:
     from ray import serve
 
     from sdfp_vllm.serving.application import build
@@ -88,7 +92,7 @@ def _serve(plan: Path, console: Console) -> int:
         port = s.getsockname()[1]
     with console.status(f"Starting {REPLICAS} replicas, a vLLM engine each"):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        args = ServingArgs(model=str(MODEL), plan=str(plan), engine=_ENGINE)
+        args = ServingArgs(model=model, plan=str(plan), engine=_ENGINE)
         serve.run(build(args, num_replicas=REPLICAS), name=_APP)
     console.print(f"{REPLICAS} replicas at http://127.0.0.1:{port}/v1")
     return port
@@ -99,21 +103,25 @@ def _ask(port: int, console: Console) -> None:
 
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
 
-    def stream(prompt: str) -> tuple[str, int, float]:
+    def stream(question: str) -> tuple[str, int, float]:
         began, pieces = time.perf_counter(), []
-        for chunk in client.completions.create(
-            model="demo", prompt=prompt, max_tokens=48, temperature=0.0, stream=True
+        for chunk in client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": question}],
+            max_tokens=48,
+            temperature=0.0,
+            stream=True,
         ):
-            pieces.append(chunk.choices[0].text)
+            pieces.append(chunk.choices[0].delta.content or "")
         return "".join(pieces), len(pieces), time.perf_counter() - began
 
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        answers = list(pool.map(stream, PROMPTS))
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        answers = list(pool.map(stream, QUESTIONS))
     table = Table(
-        "Prompt", "Answer", "pieces", "seconds", title="Concurrent streams through the openai client"
+        "Question", "Answer", "pieces", "seconds", title="Concurrent streams through the openai client"
     )
-    for prompt, (text, pieces, seconds) in zip(PROMPTS, answers, strict=True):
-        table.add_row(repr(prompt), repr(text[:60]), str(pieces), f"{seconds:.1f}")
+    for question, (text, pieces, seconds) in zip(QUESTIONS, answers, strict=True):
+        table.add_row(question, repr(text[:60]), str(pieces), f"{seconds:.1f}")
     console.print(table)
     if not all(text for text, _, _ in answers):
         raise SdfpError("make demo-ray", "a replica answered nothing", "Look into Ray Serve's logs.")

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sdfp_vllm.demo.run import provenance
 from sdfp_vllm.dipgo.digits.judge import judge
 from sdfp_vllm.dipgo.digits.pipelines import digits_folder
 from sdfp_vllm.dipgo.job import SearchOptions, search
@@ -24,6 +23,7 @@ from sdfp_vllm.dipgo.report import pyplot, save_figure, verdict
 from sdfp_vllm.dipgo.runtime import apply_dipgo
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.provenance import provenance
 from sdfp_vllm.results_file import save_results
 
 GUIDANCE = 2.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 import sysconfig
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.chats import has_chat_template, render_chat
+from sdfp_vllm.json_lines import json_rows
 
 BUILT_IN = "stdlib"
 # Not the standard library itself, or its test suites and vendored copies.
@@ -215,34 +215,8 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a .jsonl file, each with its place for errors; blank lines are none.
-
-    Lines end at "\\n" alone: JSON allows U+2028, U+2029 and U+0085 inside strings.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"calibration {path}, line {number}"
-                if row := _decoded(line, where, first=number == 1):
-                    yield where, _parsed(row, where)
-    except OSError as e:
-        raise SdfpError(
-            f"calibration {path}", f"cannot be read ({e.strerror or e})", "Give a readable file."
-        ) from e
-
-
-def _decoded(line: bytes, where: str, first: bool) -> str:
-    try:
-        return line.decode("utf-8-sig" if first else "utf-8").strip(" \t\r\n")
-    except UnicodeDecodeError as e:
-        raise SdfpError(where, f"is not UTF-8 text ({e})", "Save the file as UTF-8.") from e
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise SdfpError(where, f"is not JSON ({e})", "Mend or remove the line.") from e
+    """The rows of a .jsonl file, each with its place for errors."""
+    return ((where, row) for _, where, row in json_rows(path, f"calibration {path}"))
 
 
 def _jsonl(path: Path, field: str) -> _Source:
@@ -307,12 +281,35 @@ def read_chats(source: str, tokenizer: Any, count: int, seed: int) -> list[Tenso
         if 0 < len(ids) <= LONGEST_PROMPT:
             prompts.append(ids)
     if not prompts:
-        raise SdfpError(
-            f"calibration {path}",
-            f"has no chat of at most {LONGEST_PROMPT} tokens" if chats else "holds no chats",
-            "Give a file with shorter ones." if chats else "Give a file with chats in it.",
-        )
+        raise _no_chats(path, bool(chats))
     return prompts
+
+
+def read_questions(source: str, tokenizer: Any) -> list[tuple[str, Tensor]]:
+    """Every chat of a file, in its order, with its kind: the row's `category`, "all" where it has none.
+
+    Rows are those of `read_chats`; longer ones than LONGEST_PROMPT are left out.
+
+    Raises:
+        SdfpError: As `read_chats`.
+    """
+    path, found, rows = Path(source), [], 0
+    for where, row in _rows(path):
+        rows += 1
+        ids = _prompt_of(tokenizer, *_chat_of(row, where), where)
+        if 0 < len(ids) <= LONGEST_PROMPT:
+            found.append((str(row.get("category", "all")), ids))
+    if not found:
+        raise _no_chats(path, bool(rows))
+    return found
+
+
+def _no_chats(path: Path, too_long: bool) -> SdfpError:
+    return SdfpError(
+        f"calibration {path}",
+        f"has no chat of at most {LONGEST_PROMPT} tokens" if too_long else "holds no chats",
+        "Give a file with shorter ones." if too_long else "Give a file with chats in it.",
+    )
 
 
 def _prompt_of(tokenizer: Any, field: str, messages: list[dict[str, str]], where: str) -> Tensor:

@@ -18,16 +18,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import toy
 import yaml
 from engines import engine, write_plan
-
-import sdfp_vllm.demo
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
-MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+MODEL = toy.MODEL
 PROMPTS = ["import os\n\n\ndef main(", "class Node:\n    def __init__(self", "for i in range("]
 TOKENS = 400
 REPLICA = "ray::ServeReplica:sdfp:Engine"
@@ -91,10 +90,12 @@ def plain() -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(plain, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str]]:
-    """The repository's own Serve config, with another port, a plan made by hand and one process per engine less."""
+    """The repository's own Serve config, with another port, a route prefix, a plan made by hand and one process per
+    engine less."""
     folder = tmp_path_factory.mktemp("serve")
     config = yaml.safe_load((ROOT / "examples" / "ray_serve.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
+    config["applications"][0]["route_prefix"] = "/llm"
     args = config["applications"][0]["args"]
     args["plan"] = write_plan(MODEL, folder / "plan", [0, 5, 15], k=3)
     args["engine"]["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -111,7 +112,7 @@ def server(plain, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str]]:
     with log.open("w") as f:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f, start_new_session=True)
 
-    url = f"http://127.0.0.1:{port}/v1"
+    url = f"http://127.0.0.1:{port}/llm/v1"
     answered = set()
 
     def up() -> bool:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import toy
 
-import sdfp_vllm.demo
 from sdfp_vllm.plan.fingerprint import fingerprint
 from sdfp_vllm.plan.store import default_plan_dir
 
@@ -24,7 +24,7 @@ from engines import write_plan
 
 pytestmark = pytest.mark.engine
 
-MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+MODEL = toy.MODEL
 PROMPT = "import os\n\n\ndef main("
 COMMON = dict(model="demo", prompt=PROMPT, max_tokens=48, temperature=0.0)
 

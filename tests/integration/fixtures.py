@@ -6,16 +6,15 @@ import random
 from pathlib import Path
 
 import pytest
+import toy
 from engines import engine, tokens, write_plan
 
-import sdfp_vllm.demo
-
-DEMO_MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+DEMO_MODEL = toy.MODEL
 
 
 @pytest.fixture(scope="session")
 def target() -> Path:
-    """The embedded demo target as trained: 16 layers, not cost-scaled."""
+    """The toy target as trained: 16 layers, not cost-scaled."""
     return DEMO_MODEL
 
 

@@ -6,18 +6,19 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+import toy
 from engines import engine, write_plan
 
-import sdfp_vllm.demo
+from sdfp_vllm.batch.engine import BROKEN, BatchEngine
+from sdfp_vllm.plan.store import load_parcel
 
 pytest.importorskip("ray.data")
 pytestmark = pytest.mark.engine
 
-MODEL = Path(sdfp_vllm.demo.__file__).parent / "model"
+MODEL = toy.MODEL
 ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 8}
 ENGINE |= {"distributed_executor_backend": "uni"}
 ROWS = [{"id": f"row {i}", "prompt": f"def function_{i}(", "max_tokens": 8 + i % 5} for i in range(24)]
@@ -32,6 +33,11 @@ def plain() -> list[str]:
         return [o.outputs[0].text for o in llm.generate([r["prompt"] for r in ROWS], params, use_tqdm=False)]
 
 
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory) -> str:
+    return write_plan(MODEL, tmp_path_factory.mktemp("plan"), [0, 5, 15], k=3)
+
+
 def engines(driver: subprocess.Popen) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
@@ -43,8 +49,8 @@ def engines(driver: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-def test_killed_engine_killed_driver_then_resumed(plain, tmp_path):
-    plan = write_plan(MODEL, tmp_path / "plan", [0, 5, 15], k=3)
+def test_killed_engine_killed_driver_then_resumed(plain, plan, tmp_path):
+    """A row that has no answer yet is mended in between."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     partial = output.with_name("out.jsonl.partial")
@@ -83,11 +89,59 @@ def test_killed_engine_killed_driver_then_resumed(plain, tmp_path):
     done = answered()
     assert 6 <= done < len(ROWS) and not output.exists()
 
+    have = {
+        json.loads(line)["id"] for line in partial.read_bytes().splitlines(True)[1:] if line.endswith(b"\n")
+    }
+    mended = next(i for i, row in reversed(list(enumerate(ROWS))) if row["id"] not in have)
+    rows = [row | {"max_tokens": 3} if i == mended else row for i, row in enumerate(ROWS)]
+    source.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     assert f"Wrote {len(ROWS)} answers" in again.stdout
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [a["id"] for a in answers] == [r["id"] for r in ROWS]
-    assert [a["text"] for a in answers] == plain
+    assert answers[mended]["completion_tokens"] == 3
+    assert plain[mended].startswith(answers[mended].pop("text"))
+    assert [a.get("text", plain[mended]) for a in answers] == plain
     assert {a["finish_reason"] for a in answers} <= {"length", "stop"}
     assert not partial.exists()
+
+
+def block(*asked: tuple[list[int], dict]) -> dict:
+    ids, sampling = zip(*asked, strict=True)
+    return {
+        "index": range(len(asked)),
+        "prompt_token_ids": ids,
+        "sampling": [json.dumps({"max_tokens": 8, "temperature": 0.0} | s) for s in sampling],
+    }
+
+
+def test_a_row_that_fails_in_the_engine_alone_has_no_text(plain, plan):
+    """One that the engine refuses, and one that ends it: on a CPU, a seed with a prompt that is computed in chunks."""
+    from sdfp_vllm.integration.engine_end import end_engine, free_engine
+    from sdfp_vllm.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(MODEL)
+    good = [(tokenizer.encode(r["prompt"]), {"max_tokens": r["max_tokens"]}) for r in ROWS[:4]]
+    empty, ends = ([], {}), (tokenizer.encode("import os\n" * 100), {"temperature": 1.0, "seed": 1})
+    settings = ENGINE | {"max_model_len": 512, "max_num_batched_tokens": 128}
+    actor = BatchEngine(str(MODEL), load_parcel(plan), settings)
+    try:
+        found = [json.loads(a) for a in actor(block(good[0], empty, good[1], ends, good[2]))["answer"]]
+        assert [a["index"] for a in found] == [0, 1, 2, 3, 4]
+        assert [a.get("text") for a in found] == [plain[0], None, plain[1], None, plain[2]]
+        assert "prompt" in found[1]["error"] and "offset" in found[3]["error"]
+        (later,) = actor(block(good[3]))["answer"]
+        assert json.loads(later)["text"] == plain[3]
+    finally:
+        end_engine(actor._llm)
+        del actor
+        free_engine()
+
+
+def test_an_engine_that_does_not_start_says_why(plan):
+    actor = BatchEngine(str(MODEL), load_parcel(plan), {"dtype": "float99"})
+    for _ in range(2):
+        (answer,) = actor(block(([1], {}), ([2], {})))["answer"]
+        assert "float99" in json.loads(answer)[BROKEN]

@@ -1,4 +1,4 @@
-"""The demo's models: small trained ones from the package, cost-scaled once into the user's cache."""
+"""Cost-scaled copies of the toy target and its draft, made once into the user's cache: synthetic workloads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from sdfp_vllm.demo.widen import read_config, widen, widened_bytes
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.store import plans_root
+from toy.widen import read_config, widen, widened_bytes
 
 PACKAGED = Path(__file__).parent
 
@@ -28,10 +28,10 @@ def demo_cache() -> Path:
 
 
 def demo_target(cache: Path | None = None, source: Path = PACKAGED / "model") -> Path:
-    """Folder of the cost-scaled demo target (float32, about 1.3 GB), made on first use.
+    """Folder of the cost-scaled toy target (float32, about 1.3 GB), made on first use.
 
     Raises:
-        SdfpError: If the package lacks the model, or the disk lacks room.
+        SdfpError: If the checkout lacks the model, or the disk lacks room.
     """
     return _materialise("target", source, cache or demo_cache())
 
@@ -45,8 +45,8 @@ def _materialise(name: str, source: Path, cache: Path) -> Path:
     if not (source / "model.safetensors").is_file():
         raise SdfpError(
             str(source),
-            "the demo model is not in this installation",
-            "Install from a release or a full checkout, or train it with benchmarks/train_demo_target.py.",
+            "the toy model is not in this checkout",
+            "Take a full checkout, or train it with tests/toy/train.py.",
         )
     copy = cache / f"{name}-{_key(source)}"
     if copy.is_dir():

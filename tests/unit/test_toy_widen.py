@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toy.widen import widen, widened_bytes
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sdfp_vllm.demo.widen import widen, widened_bytes
 from sdfp_vllm.errors import SdfpError
 
 WIDE = dict(hidden=96, mlp=200, heads=12, kv_heads=3)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from toy import held_out as demo_prompts
+from toy.held_out import held_out_files, held_out_prompts
 
-from sdfp_vllm.demo import prompts as demo_prompts
-from sdfp_vllm.demo.prompts import held_out_files, held_out_prompts
 from sdfp_vllm.errors import SdfpError
 
 
@@ -24,8 +24,8 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 
 def test_held_out_files_are_those_that_training_leaves_out():
-    path = Path(__file__).parents[2] / "benchmarks" / "train_demo_target.py"
-    spec = importlib.util.spec_from_file_location("train_demo_target", path)
+    path = Path(__file__).parents[2] / "tests" / "toy" / "train.py"
+    spec = importlib.util.spec_from_file_location("toy_train", path)
     assert spec and spec.loader
     recipe = importlib.util.module_from_spec(spec)
     import sys

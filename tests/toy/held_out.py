@@ -1,4 +1,4 @@
-"""Prompts for the demo: stretches of Python source that the demo target was not trained on."""
+"""Prompts for the toy target: stretches of Python source that it was not trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdfp_vllm.errors import SdfpError
 
-# These mirror benchmarks/train_demo_target.py, which holds out every 50th file.
+# These mirror train.py, which holds out every 50th file.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 HELD_OUT_EVERY = 50
 TRAINED_ON_PYTHON = (3, 11)
@@ -27,7 +27,7 @@ def held_out_files() -> list[Path]:
 
 
 def is_held_out() -> bool:
-    """Whether this Python is the release the demo target was trained on, so that the prompts are unseen."""
+    """Whether this Python is the release the toy target was trained on, so that the prompts are unseen."""
     return sys.version_info[:2] == TRAINED_ON_PYTHON
 
 

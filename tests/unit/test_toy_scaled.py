@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import scaled as demo
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sdfp_vllm.demo import target as demo
 from sdfp_vllm.errors import SdfpError
 
 

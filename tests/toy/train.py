@@ -1,7 +1,7 @@
-"""Trains the embedded demo target, and the small separate draft it is compared with.
+"""Trains the toy target of the tests, and the small separate draft it is compared with.
 
 The recipe has three stages, because a model this small has none of the redundancy that
-scale gives a real LLM (see the model card in ``sdfp_vllm/demo/model/README.md``):
+scale gives a real LLM (see the model card in ``tests/toy/model/README.md``):
 
 1. *core*: a shallow Llama (``--core-layers``) on next-token cross-entropy;
 2. *growth*: identity-initialised decoder layers (zero output projections, so the function
@@ -11,8 +11,8 @@ scale gives a real LLM (see the model card in ``sdfp_vllm/demo/model/README.md``
    (stochastic depth, as in LayerSkip, arXiv 2404.16710) on the KL divergence to the full
    depth's distribution (self-distillation).
 
-    python benchmarks/train_demo_target.py target --out out/demo-target
-    python benchmarks/train_demo_target.py draft  --out out/demo-draft
+    python tests/toy/train.py target --out out/demo-target
+    python tests/toy/train.py draft  --out out/demo-draft
 
 Both read the Python standard library's own sources (tests, idlelib and lib2to3 left out),
 hold out every 50th file, and write a Hugging Face folder with a tokenizer. Every

@@ -1,0 +1,35 @@
+"""Whether this machine's memory holds several engines at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from sdfp_vllm.measure import EngineSpec
+
+_OWN_BYTES = 2 << 30  # of an engine beside its weights
+_PACKED = 1.7  # weights and what loading and packing take beside them
+_SPARE = 0.9  # of the memory that is free
+
+
+def loading_bytes(spec: EngineSpec, copies: int = 0) -> int:
+    """Bytes of an engine while it loads. A float32 engine counts twice its checkpoint, as of 16-bit weights.
+
+    Args:
+        copies: Bytes of the rounded copies that an SDFP engine takes.
+    """
+    kinds = ("*.safetensors", "*.bin")
+    stored = sum(f.stat().st_size for kind in kinds for f in Path(spec.model).glob(kind))
+    own = copies if (spec.speculative or {}).get("method") == "sdfp" else 0
+    return int(_PACKED * stored * (2 if spec.dtype == "float32" else 1)) + _OWN_BYTES + own
+
+
+def fit_together(specs: Sequence[EngineSpec], copies: int = 0) -> bool:
+    """Whether these engines may be held at once and take turns. On a GPU, which an engine takes whole, one alone."""
+    if len(specs) < 2:
+        return True
+    needed = sum(loading_bytes(s, copies) for s in specs)
+    return not torch.cuda.is_available() and needed <= _SPARE * psutil.virtual_memory().available
