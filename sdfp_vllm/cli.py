@@ -41,14 +41,29 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        from sdfp_vllm import __version__
+
+        typer.echo(f"sdfp-vllm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
+    ] = False,
+) -> None:
     """Keeps `sdfp COMMAND` the form of every call."""
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its Hugging Face id.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id (default: the hub's).")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +112,10 @@ def plan(
         str | None,
         typer.Option(help="Most that rounded copies of weights may take: 500MB, or 30% of the model's."),
     ] = None,
+    window: Annotated[
+        str,
+        typer.Option(help="Last tokens of a long context that drafts attend to; none: all of it; auto: what is measured to be fastest."),
+    ] = "none",
     score_text: Annotated[
         str, typer.Option(help="Text for the Fisher traces: own (what the model writes) or corpus.")
     ] = "own",
@@ -107,7 +126,14 @@ def plan(
         bool, typer.Option("--check/--no-check", help="End with plain decoding and the plan on the engine.")
     ] = True,
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="Go on where costs alone say that drafts cannot pay.")
+        bool,
+        typer.Option(
+            "--anyway",
+            help="Go on where costs alone say that drafts cannot pay, and with an untried model family.",
+        ),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
     resume: Annotated[
@@ -143,6 +169,7 @@ def plan(
         model,
         out=out,
         console=Console(stderr=True),
+        revision=revision,
         calibration=calibration,
         field=field,
         sequences=sequences,
@@ -156,10 +183,12 @@ def plan(
         head=head,
         precision=precision,
         extra_memory=extra_memory,
+        window=window,
         score_text=score_text,
         eager=eager,
         run_check=check,
         anyway=anyway,
+        trust_remote_code=trust_remote_code,
         seed=seed,
         resume=resume,
         ray=RayOptions.from_flags(ray, workers=workers, address=address, gpus_per_worker=gpus_per_worker),
@@ -173,6 +202,9 @@ def show(
     plan: Annotated[
         str, typer.Argument(help="Plan folder, plan.json, or a model with a plan in the default place.")
     ],
+    revision: Annotated[
+        str | None, typer.Option(help="Of a model: branch, tag or commit of its Hugging Face id.")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw scores and search into this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
 ) -> None:
@@ -182,7 +214,7 @@ def show(
     from sdfp_vllm.report_html import draw_html
     from sdfp_vllm.terminal import console
 
-    loaded = load_plan(_plan_path(plan))
+    loaded = load_plan(_plan_path(plan, revision))
     console().print(tables(loaded))
     for path, draw in ((png, draw_png), (html, draw_html)):
         if path:
@@ -190,23 +222,27 @@ def show(
             typer.echo(f"Wrote {path}")
 
 
-def _plan_path(plan: str) -> Path:
+def _plan_path(plan: str, revision: str | None) -> Path:
     """A plan's own path; or, given a model, its plan in the default place."""
+    from os.path import isdir, isfile
+
     from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
     from sdfp_vllm.plan.parcel import PLAN_FILE
     from sdfp_vllm.plan.store import default_plan_dir
 
     path = Path(plan)
-    if path.is_file() or (path / PLAN_FILE).is_file():
+    if isfile(path) or isfile(path / PLAN_FILE):  # Path's own raises in a folder into which the user may not look
         return path
-    if path.is_dir() and not (path / "config.json").is_file():
+    if isdir(path) and not isfile(path / "config.json"):
         return path  # neither: load_plan names the missing file
     try:
-        return default_plan_dir(fingerprint(resolve_model_dir(plan)))
+        # The cache alone: a plan that lies here was made from what is in there.
+        target = fingerprint(resolve_model_dir(plan, revision, fetch=False))
     except SdfpError as e:
         raise SdfpError(
             plan, "neither a plan nor a model", "Give a plan folder, a plan.json, or a model's folder or id."
         ) from e
+    return default_plan_dir(target)
 
 
 app.command("generate")(generate_command)

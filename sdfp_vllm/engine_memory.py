@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from sdfp_vllm.measure import EngineSpec
+from sdfp_vllm.plan.model_files import weight_files
 
 _OWN_BYTES = 2 << 30  # of an engine beside its weights
 _PACKED = 1.7  # weights and what loading and packing take beside them
@@ -21,8 +22,7 @@ def loading_bytes(spec: EngineSpec, copies: int = 0) -> int:
     Args:
         copies: Bytes of the rounded copies that an SDFP engine takes.
     """
-    kinds = ("*.safetensors", "*.bin")
-    stored = sum(f.stat().st_size for kind in kinds for f in Path(spec.model).glob(kind))
+    stored = sum(f.stat().st_size for f in weight_files(Path(spec.model)))
     own = copies if (spec.speculative or {}).get("method") == "sdfp" else 0
     return int(_PACKED * stored * (2 if spec.dtype == "float32" else 1)) + _OWN_BYTES + own
 

@@ -12,6 +12,9 @@ from sdfp_vllm.errors import SdfpError
 
 def generate_command(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the target.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id (default: the hub's).")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -23,7 +26,12 @@ def generate_command(
         int | None, typer.Option(min=1, help="Draft tokens a round; default: the plan's.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the request (default: none; a seeded request is not paced).")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")
+    ] = False,
     eager: Annotated[
         bool | None,
         typer.Option(
@@ -40,10 +48,17 @@ def generate_command(
     from sdfp_vllm.measure import EngineSpec, Turn, run_engine
     from sdfp_vllm.plan.fingerprint import resolve_model_dir
     from sdfp_vllm.plan.store import find_plan
+    from sdfp_vllm.remote_code import refuse_untrusted
+    from sdfp_vllm.sampling import check_sampling
 
     text = _prompt_text(prompt, prompt_file)
-    plan_dir = find_plan(model, plan).source  # a bad plan is refused before an engine starts
-    folder = resolve_model_dir(model)
+    if temperature:
+        check_sampling("--temperature", {"temperature": temperature})
+    if seed is not None:
+        check_sampling("--seed", {"seed": seed})
+    folder = resolve_model_dir(model, revision)
+    refuse_untrusted(folder, trust_remote_code)
+    plan_dir = find_plan(model, plan, revision).source  # a bad plan is refused before an engine starts
 
     speculative: dict[str, Any] = {"method": "sdfp", "model": str(plan_dir)}
     if draft_tokens:
@@ -60,9 +75,9 @@ def generate_command(
         seed=seed,
         dtype=dtype,
         engine={
-            "max_num_seqs": 1,
             "max_model_len": -1,
             "enforce_eager": eager,
+            "trust_remote_code": trust_remote_code,
         },  # -1: as long as its K/V fits
     )
     console = Console(stderr=True)  # standard output holds the text alone

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,7 @@ _LOG_LINES = 25
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
+_STARTING = 2  # engines that start at once
 # The engine core runs in the measured process: one process that computes, none that polls for it.
 # Its KV cache on a CPU is small, where vLLM by itself would claim nine tenths of the machine.
 _SETTINGS = {
@@ -50,6 +51,7 @@ class Turn(BaseModel):
     batch: int = Field(default=1, ge=1)  # so many at a time
     max_tokens: int = Field(ge=1)
     temperature: float = Field(default=0.0, ge=0.0)
+    window: int | Literal["none"] | None = None  # last tokens that SDFP drafts see; None: as it is set up
     copies: bool | None = None  # whether a paced SDFP engine may copy from the context; None: as it is set up
 
 
@@ -63,7 +65,7 @@ class EngineSpec(BaseModel):
     warm_up: list[int] | str
     speculative: dict[str, Any] | None = None  # vLLM's speculative_config
     ignore_eos: bool = False
-    seed: int | None = 0  # of the engine and of every request; None for requests without
+    seed: int | None = None  # of the engine and of every request; None for requests without, which alone are paced
     dtype: str = "auto"
     engine: dict[str, Any] = {}  # further arguments of LLM()
     environment: dict[str, str] = {}
@@ -163,8 +165,8 @@ def run_engines(
     """Runs all engines at once but in turns: turn 0 on each, then turn 1 on each, and so on.
 
     A machine whose speed drifts so slows all of them alike. Engines that are not at work are
-    stopped (SIGSTOP), because an idle vLLM engine polls; they keep their memory. Every process
-    is gone when this returns or is interrupted.
+    stopped (SIGSTOP), because an idle vLLM engine polls; they keep their memory. Two start at a time. Every
+    process is gone when this returns or is interrupted.
 
     Args:
         specs: One per engine.
@@ -176,13 +178,18 @@ def run_engines(
     """
     done = 0
     with tempfile.TemporaryDirectory(prefix="sdfp-") as folder, contextlib.ExitStack() as stack:
-        engines = []
+        engines: list[_EngineProcess] = []
         for i, spec in enumerate(specs):
-            on_step(i, done)
             (Path(folder) / str(i)).mkdir()
-            engines.append(stack.enter_context(_EngineProcess(spec, Path(folder) / str(i))))
-            engines[-1].wait_for(1)
-            engines[-1].pause()
+            engines.append(_EngineProcess(spec, Path(folder) / str(i)))
+        # Importing, loading and compiling use one core for the most part: two engines start together.
+        for i, engine in enumerate(engines):
+            on_step(i, done)
+            for other in engines[i : i + _STARTING]:
+                if not other.started:
+                    stack.enter_context(other)
+            engine.wait_for(1)
+            engine.pause()
             done += 1
         for turn in range(max(len(spec.turns) for spec in specs)):
             if not goes_on(turn):
@@ -204,8 +211,10 @@ class _EngineProcess:
     def __init__(self, spec: EngineSpec, folder: Path):
         self.spec, self.folder = spec, folder
         self.result, self.progress, self.log = folder / "result.json", folder / "progress", folder / "log"
+        self.started = False
 
     def __enter__(self) -> _EngineProcess:
+        self.started = True
         (self.folder / "spec.json").write_text(self.spec.model_dump_json())
         self.progress.touch()
         with self.log.open("wb") as log:
@@ -261,8 +270,9 @@ class _EngineProcess:
         method = (self.spec.speculative or {}).get("method", "plain decoding")
         return SdfpError(
             f"vLLM engine ({method}) on {self.spec.model}",
-            f"failed with exit status {self.process.returncode}:\n" + "\n".join(output[-_LOG_LINES:]) + "\n",
+            f"failed with exit status {self.process.returncode}",
             "Correct what its last lines name; VLLM_LOGGING_LEVEL=INFO makes it say more.",
+            log="\n".join(output[-_LOG_LINES:]),
         )
 
 
@@ -279,6 +289,7 @@ def measure(spec: EngineSpec, ready: Callable[[], bool] = lambda: True) -> Measu
         DraftingTime,
         allow_copies,
         kv_bytes_per_token,
+        narrow_drafts,
         rounds_paced,
     )
 
@@ -305,6 +316,8 @@ def measure(spec: EngineSpec, ready: Callable[[], bool] = lambda: True) -> Measu
     def run(turn: Turn) -> TurnMeasurement:
         if turn.copies is not None:
             allow_copies(llm, turn.copies)
+        if turn.window is not None:
+            narrow_drafts(llm, turn.window)
         before, drafting, paced = _draft_counters(llm), spent.seconds, rounds_paced(llm)
         outputs, decoding = [], 0.0
         began = time.perf_counter()

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.schema import Candidate, SkipPlan, StoredView
-from sdfp_vllm.plan.store import default_plan_dir
+from sdfp_vllm.plan.store import is_default_plan_dir
 from sdfp_vllm.plan.view import DraftView
 
 _COLOURS = ("lightgrey", "palegreen", "tab:green")  # by the number of a layer's branches that are kept
@@ -24,9 +24,9 @@ def serve_command(plan: SkipPlan, folder: Path) -> str:
     if plan.costs:  # the dtype that it was planned in, and how the engine ran
         settings += f" --dtype {plan.costs.dtype}"
         settings += " --enforce-eager" if plan.costs.engine == "eager" else ""
-    if folder.resolve() == default_plan_dir(plan.fingerprint).resolve():
-        return f"vllm serve {plan.model}{settings} --speculative-model sdfp"
-    return f'vllm serve {plan.model}{settings} --speculative-config \'{{"method": "sdfp", "model": "{folder}"}}\''
+    if is_default_plan_dir(folder, plan.fingerprint):
+        return f"vllm serve {plan.model_argument}{settings} --speculative-model sdfp"
+    return f'vllm serve {plan.model_argument}{settings} --speculative-config \'{{"method": "sdfp", "model": "{folder}"}}\''
 
 
 def best_draft_tokens(candidate: Candidate) -> int:
@@ -72,6 +72,7 @@ def summary(plan: SkipPlan, path: Path) -> Text:
     for name, text in (
         ("Bridges", bridges(plan)),
         ("Draft head", head(plan)),
+        ("Attention", window(plan)),
         ("Extra weights", memory(plan)),
     ):
         if text:
@@ -124,6 +125,22 @@ def head(plan: SkipPlan) -> str:
         return f"all tokens, in {made.precision}" if made.precision != "full" else ""
     size = f"{made.tokens:,} of {vocab:,} tokens, {made.coverage:.1%} of those in the target's own text"
     return size if made.precision == "full" else f"{size}, in {made.precision}"
+
+
+def window(plan: SkipPlan) -> str:
+    """How much of a long context drafts attend to; empty for all of it."""
+    return f"to {plan.view.window}, by whole blocks" if plan.view.window else ""
+
+
+def windows(plan: SkipPlan) -> list[str]:
+    """What was tried of how much drafts see of a long context, a line for each of its lengths."""
+    lines: dict[int, list[str]] = {}
+    for t in plan.windows:
+        seen = "all" if t.last is None else f"last {t.last:,}"
+        lines.setdefault(t.context, []).append(
+            f"{seen} {t.tokens_per_second:.1f} tokens/s ({t.acceptance_rate:.0%} accepted)"
+        )
+    return [f"{context:,} tokens: {', '.join(tried)}" for context, tried in lines.items()]
 
 
 def tables(plan: SkipPlan) -> Group:
@@ -205,6 +222,9 @@ def details(plan: SkipPlan) -> list[tuple[str, str]]:
         rows.append(("bridges", text))
     if text := head(plan):
         rows.append(("draft head", text))
+    if text := window(plan):
+        rows.append(("attention of drafts", text))
+    rows += [("drafts in long contexts", line) for line in windows(plan)]
     if text := memory(plan):
         rows.append(("extra weights", text))
     rows += [("check", line) for line in check(plan)]

@@ -3,8 +3,9 @@
     make bench                                        # SmolLM2-135M-Instruct, the project's own questions
     python benchmarks/real MODEL --questions FILE.jsonl [--draft MODEL] [--out FILE]
 
-Every engine is asked the same questions through the model's chat template, greedy: one at a time, then four and eight at
-a time, then some of them one at a time at temperature 0.7. SDFP answers each twice: with drafts of the model alone, and
+Every engine is asked the same questions through the model's chat template, greedy: some one at a time,
+others four at a time (`--batches 1,4,8`: and eight), others one at a time at temperature 0.7; none twice, for suffix decoding
+remembers what it answered. SDFP answers each twice: with drafts of the model alone, and
 with copies from the context, its default. The paper's method (whole layers by FIT, full precision) has a plan of its own.
 Engines that memory does not hold at once run in groups; every group has a plain one, which the others are held against.
 """
@@ -42,9 +43,11 @@ def main() -> None:
     console = Console(stderr=True)
     model = resolve_model_dir(asked.model) if asked.model else smollm2()
     work = asked.work / model.name
-    questions = choose(load_tokenizer(model), file=asked.questions, per_kind=asked.per_kind, seed=asked.seed)[
-        : asked.count
-    ]
+    needed = Asked.needed(asked.batches, asked.each, asked.sampled)
+    questions = choose(load_tokenizer(model), file=asked.questions, per_kind=needed, seed=asked.seed)
+    if len(questions) < needed:
+        sys.exit(f"{needed} questions are needed, there are {len(questions)}: ask fewer (--each, --sampled)")
+    questions = questions[:needed]
     plans = {SDFP: work / "plan", PAPER: work / "paper"}
     settings: dict[str, Any] = dict(dtype=asked.dtype, eager=asked.eager, console=console)
     if not (plans[SDFP] / "plan.json").is_file():
@@ -63,7 +66,16 @@ def main() -> None:
     prompts = [q.ids for q in questions]
     specs = engine_specs(
         methods,
-        Asked(model, prompts, asked.tokens, asked.batches, asked.sampled, asked.dtype, asked.eager),
+        Asked(
+            model,
+            prompts,
+            asked.tokens,
+            asked.batches,
+            asked.each,
+            asked.sampled,
+            asked.dtype,
+            asked.eager,
+        ),
         plans,
         asked.draft,
     )
@@ -135,11 +147,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--draft", help="a smaller model for vLLM's draft_model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--per-kind", type=int, default=2, help="questions of each kind (the rows' category)")
-    parser.add_argument("--count", type=int, default=12, help="questions in all, at most")
+    parser.add_argument(
+        "--each", type=int, default=8, help="questions for each batch size; none is asked twice"
+    )
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batches", type=lambda s: [int(b) for b in s.split(",")], default=[1, 4, 8])
-    parser.add_argument("--sampled", type=int, default=4, help="questions also asked at temperature 0.7")
+    parser.add_argument("--batches", type=lambda s: [int(b) for b in s.split(",")], default=[1, 4])
+    parser.add_argument("--sampled", type=int, default=3, help="questions asked at temperature 0.7")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--paper", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from sdfp_vllm.demo.methods import OWN_DTYPE, SDFP, speculative
@@ -15,27 +16,37 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts are token ids; `sampled` of them are also asked at TEMPERATURE."""
+    """Prompts are token ids. None is asked twice: a method that remembers answers would find its own.
+
+    Attributes:
+        each: Prompts for each batch size, as many batches as they fill.
+        sampled: Prompts asked at TEMPERATURE, one at a time.
+    """
 
     model: Path
     prompts: list[list[int]]
     tokens: int
     batches: list[int]
+    each: int
     sampled: int
     dtype: str
     eager: bool
 
     def turns(self) -> list[Turn]:
         """A turn for each group of prompts that are asked at once."""
-        turns = []
+        turns, left = [], iter(self.prompts)
+        take = lambda n: list(islice(left, n))  # noqa: E731
         for batch in self.batches:
-            groups = [self.prompts[i : i + batch] for i in range(0, len(self.prompts), batch)]
-            turns += [Turn(prompts=g, batch=batch, max_tokens=self.tokens) for g in groups if len(g) == batch]
-        turns += [
-            Turn(prompts=[p], max_tokens=self.tokens, temperature=TEMPERATURE)
-            for p in self.prompts[: self.sampled]
-        ]
+            for _ in range(max(1, self.each // batch)):
+                turns.append(Turn(prompts=take(batch), batch=batch, max_tokens=self.tokens))
+        for _ in range(self.sampled):
+            turns.append(Turn(prompts=take(1), max_tokens=self.tokens, temperature=TEMPERATURE))
         return turns
+
+    @staticmethod
+    def needed(batches: list[int], each: int, sampled: int) -> int:
+        """Prompts that these turns take."""
+        return sum(batch * max(1, each // batch) for batch in batches) + sampled
 
 
 def engine_specs(

@@ -37,8 +37,11 @@ def kinds_of(
         singles = [p for key, p in zip(asked, pairs, strict=True) if key == (1, 0.0)]
         if not singles:
             continue
-        for kind in dict.fromkeys(kinds):
-            own = [p for i, p in enumerate(singles) if kinds[i % len(kinds)] == kind]
+        first = kinds[
+            : len(singles) // len(runs[SDFP if name == ALONE else name])
+        ]  # those asked one at a time
+        for kind in dict.fromkeys(first):
+            own = [p for i, p in enumerate(singles) if first[i % len(first)] == kind]
             found.setdefault(kind, []).append(row(name, own))
     return found
 

@@ -17,12 +17,18 @@ def batch_command(
     ],
     output: Annotated[Path, typer.Argument(help="Answers, in the order of the input.")],
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the target.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id (default: the hub's).")
+    ] = None,
     plan: Annotated[
         str | None, typer.Option(help="Plan folder; default: the one made for this model.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="For rows that do not say.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="For rows that do not say; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the first row; counted up by row.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the first row; counted up by row (default: none; seeded rows are not paced)."),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer (default: the model's limit).")
     ] = None,
@@ -30,6 +36,9 @@ def batch_command(
     engine: Annotated[
         str, typer.Option(help="""Further arguments of vLLM's LLM() in JSON, {"dtype": "float32"}.""")
     ] = "{}",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     workers: Annotated[
         int | None,
@@ -47,8 +56,11 @@ def batch_command(
     from sdfp_vllm.ray_cluster import RayOptions, require_ray
 
     require_ray("sdfp batch")
-    arguments = _json(engine)
-    rows = run_batch(
+    arguments = _json(engine) | ({"trust_remote_code": True} if trust_remote_code else {})
+    if revision and "revision" in arguments:
+        raise SdfpError("--revision", "is also given in --engine", "Give it once.")
+    arguments |= {"revision": revision} if revision else {}
+    answers = run_batch(
         source,
         output,
         model,
@@ -65,7 +77,8 @@ def batch_command(
         ),
         Console(stderr=True),
     )
-    typer.echo(f"Wrote {rows} answers to {output}")
+    failed = f", {len(answers.failed)} of them errors" if answers.failed else ""
+    typer.echo(f"Wrote {len(answers.finished)} answers to {output}{failed}")
 
 
 def _json(engine: str) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from sdfp_vllm.batch.answers import Answers
-from sdfp_vllm.batch.rows import Request, read_requests, requests_key
+from sdfp_vllm.batch.engine import BROKEN, BatchEngine
+from sdfp_vllm.batch.last_words import last_words
+from sdfp_vllm.batch.rows import Request, read_requests, run_key
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.progress import stages
 from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
 from sdfp_vllm.plan.parcel import PlanParcel
 from sdfp_vllm.plan.store import find_plan
 from sdfp_vllm.ray_cluster import RayOptions, layout, ray_cluster
+from sdfp_vllm.remote_code import refuse_untrusted
 from sdfp_vllm.tokenizer import load_tokenizer
 
 
@@ -28,7 +30,7 @@ class BatchOptions:
 
     Attributes:
         plan: Plan folder; None for the model's default place.
-        max_tokens, temperature, seed: For rows that do not say; the seed is counted up by row.
+        max_tokens, temperature, seed: For rows that do not say; the seed is counted up by row, None gives none.
         max_model_len: Tokens of prompt and answer together; None for the model's own limit.
         batch_size: Rows handed to an engine at a time, and written to disk at a time.
         engine: Further arguments of vLLM's LLM().
@@ -37,7 +39,7 @@ class BatchOptions:
     plan: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     max_model_len: int | None = None
     batch_size: int = 64
     resume: bool = False
@@ -47,45 +49,52 @@ class BatchOptions:
 
 def run_batch(
     source: Path, output: Path, model: str, options: BatchOptions, console: Console | None = None
-) -> int:
-    """Answers every row of `source` and writes `output` in its order; returns the number of rows.
+) -> Answers:
+    """Answers every row of `source` and writes `output` in its order; returns what was answered.
 
-    Interrupted or killed, it leaves OUTPUT.partial, from which `resume` goes on: no row is
-    answered twice, none is left out.
+    A row that fails in the engine is answered with its error, {"id": ..., "error": ...}; the others go on.
+    Interrupted or killed, the run leaves OUTPUT.partial, from which `resume` goes on: no row is
+    answered twice, none is left out. Rows without an answer may have changed by then.
 
     Raises:
         SdfpError: For a faulty row, plan, setting, file or cluster, before an engine starts; or
             if the engines fail.
     """
-    folder = resolve_model_dir(model)
-    plan = find_plan(model, options.plan or None)
+    revision, cache = options.engine.get("revision"), options.engine.get("download_dir")
+    folder = resolve_model_dir(model, revision, cache)
+    trusted = bool(options.engine.get("trust_remote_code"))
+    refuse_untrusted(folder, trusted)
+    plan = find_plan(model, options.plan or None, revision, cache)
     requests = read_requests(
         source,
-        load_tokenizer(folder),
-        longest=options.max_model_len or _positions(folder),
+        load_tokenizer(folder, trusted),
+        longest=_room(folder, options),
         defaults={"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed},
     )
     engine = {**options.engine} | ({"max_model_len": options.max_model_len} if options.max_model_len else {})
-    key = requests_key(requests, fingerprint(folder).sha256, json.dumps(engine, sort_keys=True), plan.sha256)
-    answers = Answers(output, key, options.resume)
-    todo = [r for r in requests if r.index not in answers.finished]
-    ids = {r.index: r.id for r in requests}
-    where = str(folder.resolve()) if Path(model).is_dir() else model
+    key = run_key(fingerprint(folder).sha256, json.dumps(engine, sort_keys=True), plan.sha256)
+    answers = Answers(output, key, {r.id: r.digest for r in requests}, options.resume)
+    todo = [r for r in requests if r.id not in answers.finished]
+    if Path(model).is_dir():
+        where = str(folder.resolve())
+    else:
+        where = model
+        engine["revision"] = folder.name  # the commit: a branch may move on before a node loads it
     with stages(console) as bar, bar.step("Rows answered", len(requests)) as advance:
         advance(len(answers.finished))
         if todo:
             for found in _answers(todo, where, plan, engine, options):
-                answers.add({"index": a["index"], "id": ids[a["index"]], **a} for a in found)
+                answers.add({"id": requests[a.pop("index")].id, **a} for a in found)
                 advance(len(found))
     if missing := len(requests) - len(answers.finished):
         raise SdfpError("sdfp batch", f"{missing} rows were not answered", "Run it again with --resume.")
     answers.finish()
-    return len(requests)
+    return answers
 
 
 def _answers(
     todo: list[Request], model: str, plan: PlanParcel, engine: dict[str, Any], options: BatchOptions
-):
+) -> Iterator[list[dict[str, Any]]]:
     """Yields lists of answers as engines finish them."""
     with ray_cluster(options.ray.address, where="sdfp batch") as ray:
         import ray.data
@@ -109,47 +118,25 @@ def _answers(
         )
         try:
             for batch in answered.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-                yield [json.loads(a) for a in batch["answer"]]
+                answers = [json.loads(a) for a in batch["answer"]]
+                if broken := next((a[BROKEN] for a in answers if BROKEN in a), None):
+                    raise _failure(broken)
+                yield answers
         except ray.exceptions.RayError as e:
-            raise SdfpError(
-                "sdfp batch",
-                f"the engines failed ({str(e).strip().splitlines()[-1].strip()})",
-                "Mend that; --resume goes on from the rows that are answered.",
-            ) from e
+            raise _failure(last_words(e)) from e
 
 
-class BatchEngine:
-    """One vLLM engine with SDFP; lives in an actor of Ray Data's pool."""
-
-    def __init__(self, model: str, plan: PlanParcel, engine: dict[str, Any]):
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process has nothing else to do
-        from vllm import LLM
-
-        self._folder = tempfile.TemporaryDirectory(prefix="sdfp-plan-")
-        speculative = {"method": "sdfp", "model": str(plan.write(Path(self._folder.name)))}
-        self._llm = LLM(model, speculative_config=speculative, **engine)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Answers a block of {"index", "prompt_token_ids", "sampling"} columns; JSON in, JSON out."""
-        from vllm import SamplingParams
-
-        prompts: Any = [{"prompt_token_ids": list(map(int, ids))} for ids in batch["prompt_token_ids"]]
-        params = [SamplingParams(**json.loads(s)) for s in batch["sampling"]]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        answers = [
-            {
-                "index": int(index),
-                "text": o.outputs[0].text,
-                "finish_reason": o.outputs[0].finish_reason,
-                "prompt_tokens": len(o.prompt_token_ids or ()),
-                "completion_tokens": len(o.outputs[0].token_ids),
-            }
-            for index, o in zip(batch["index"], outputs, strict=True)
-        ]
-        return {"answer": [json.dumps(a) for a in answers]}
+def _failure(why: str) -> SdfpError:
+    return SdfpError(
+        "sdfp batch",
+        f"the engines failed ({why})",
+        "Mend that; --resume goes on from the rows that are answered.",
+    )
 
 
-def _positions(folder: Path) -> int:
-    """Tokens that the model has positions for."""
+def _room(folder: Path, options: BatchOptions) -> int:
+    """Tokens that the engine has room for, as far as that is known before it starts."""
+    own = options.engine.get("max_model_len")
     config = json.loads((folder / "config.json").read_text())
-    return int((config.get("text_config") or config).get("max_position_embeddings", 1 << 30))
+    positions = (config.get("text_config") or config).get("max_position_embeddings") or 1 << 30
+    return int(options.max_model_len or (own if isinstance(own, int) and own > 0 else positions))

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.json_lines import json_rows
+from sdfp_vllm.sampling import check_sampling
 
 
 class Row(BaseModel):
@@ -51,29 +53,36 @@ class Request:
     prompt_token_ids: list[int]
     sampling: dict[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """Hash of what is asked: with the run's key, all that the answer depends on."""
+        return hashlib.sha256(json.dumps([self.prompt_token_ids, self.sampling]).encode()).hexdigest()[:16]
+
 
 def read_requests(path: Path, tokenizer: Any, *, longest: int, defaults: dict[str, Any]) -> list[Request]:
     """Reads and tokenizes the input.
 
     Args:
         longest: Tokens the engine has room for, prompt and answer together.
-        defaults: Sampling fields for rows that do not set them; `seed` is counted up by row.
+        defaults: Sampling fields for rows that do not set them, as flags of their names gave them. None is no
+            setting; a `seed` is counted up by row.
 
     Raises:
-        SdfpError: For a file that cannot be read or holds no row, or the first faulty line, by number.
+        SdfpError: For a flag that vLLM refuses, a file that cannot be read or holds no row, or the first faulty
+            line, by number.
     """
+    defaults = {flag: value for flag, value in defaults.items() if value is not None}
+    for flag, value in defaults.items():
+        check_sampling("--" + flag.replace("_", "-"), {flag: value})
     requests: list[Request] = []
     lines: dict[str | int, int] = {}
-    for number, row in _rows(path):
-        where = f"{path}, line {number}"
+    for number, where, row in _rows(path):
         name = number if row.id is None else row.id
         if name in lines:
             raise SdfpError(where, f"id {name!r} is also line {lines[name]}'s", "Give every row its own id.")
         lines[name] = number
+        sampling = _sampling(row, defaults, len(requests), where)
         ids = _token_ids(row, tokenizer, where)
-        fields = ("max_tokens", "temperature", "top_p", "seed", "stop")
-        own = {k: v for k in fields if (v := getattr(row, k)) is not None}
-        sampling = {**defaults, "seed": defaults.get("seed", 0) + len(requests), **own}
         if len(ids) + sampling["max_tokens"] > longest:
             raise SdfpError(
                 where,
@@ -86,27 +95,21 @@ def read_requests(path: Path, tokenizer: Any, *, longest: int, defaults: dict[st
     return requests
 
 
-def requests_key(requests: list[Request], *identity: str) -> str:
-    """Hash of all that the answers depend on: same key, same answers."""
-    digest = hashlib.sha256(json.dumps(identity).encode())
-    for r in requests:
-        digest.update(json.dumps([r.id, r.prompt_token_ids, r.sampling]).encode())
-    return digest.hexdigest()
+def run_key(*identity: str) -> str:
+    """Hash of what all answers of a run depend on: model, engine and plan."""
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _rows(path: Path) -> Iterator[tuple[int, str, Row]]:
+    for number, where, row in json_rows(path, str(path)):
+        yield number, where, _row(row, where)
+
+
+def _row(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise SdfpError(where, "is not a JSON object", 'Give lines like {"id": 1, "prompt": "..."}.')
     try:
-        with path.open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield number, _row(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as e:
-        raise SdfpError(str(path), f"cannot be read as UTF-8 text ({e})", "Give a .jsonl file.") from e
-
-
-def _row(line: str, where: str) -> Row:
-    try:
-        return Row.model_validate_json(line)
+        return Row.model_validate(row)
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(str(p) for p in first["loc"])
@@ -115,14 +118,28 @@ def _row(line: str, where: str) -> Row:
         raise SdfpError(where, what, known or "Correct the line.") from e
 
 
+def _sampling(row: Row, defaults: dict[str, Any], index: int, where: str) -> dict[str, Any]:
+    """What the row asks for: its own settings, else the command's. No seed where neither asks for one."""
+    fields = ("max_tokens", "temperature", "top_p", "seed", "stop")
+    own = {k: v for k in fields if (v := getattr(row, k)) is not None}
+    counted = {"seed": defaults["seed"] + index} if "seed" in defaults else {}
+    sampling = {**defaults, **counted, **own}
+    check_sampling(where, sampling)
+    return sampling
+
+
 def _token_ids(row: Row, tokenizer: Any, where: str) -> list[int]:
     if row.prompt is not None:
-        return tokenizer.encode(row.prompt)
-    try:
-        return tokenizer.apply_chat_template(row.messages, add_generation_prompt=True, return_dict=False)
-    except Exception as e:  # no template, or whatever a template raises
-        raise SdfpError(
-            where,
-            f"messages cannot be put into the model's chat template ({type(e).__name__}: {e})",
-            "Correct them, or give a prompt.",
-        ) from e
+        ids = tokenizer.encode(row.prompt)
+    else:
+        try:
+            ids = tokenizer.apply_chat_template(row.messages, add_generation_prompt=True, return_dict=False)
+        except Exception as e:  # no template, or whatever a template raises
+            raise SdfpError(
+                where,
+                f"messages cannot be put into the model's chat template ({type(e).__name__}: {e})",
+                "Correct them, or give a prompt.",
+            ) from e
+    if not ids:
+        raise SdfpError(where, "has no token in the model's vocabulary", "Give it some text.")
+    return ids

@@ -168,7 +168,6 @@ def engine_specs(
             dtype=stored_dtype(folder) if method == OWN_DTYPE else dtype,
             engine={
                 "max_model_len": max(len(q.ids) for q in asked) + settings.new_tokens + 32,
-                "max_num_seqs": 8,
                 "enforce_eager": settings.eager,
                 "enable_prefix_caching": False,
             },

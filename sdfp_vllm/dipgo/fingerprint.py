@@ -86,7 +86,17 @@ def pipeline_fingerprint(pipe: Any) -> PipelineFingerprint:
 
 
 def scheduler_fingerprint(scheduler: Any) -> SchedulerFingerprint:
-    """The fingerprint of a scheduler after `set_timesteps`."""
+    """The fingerprint of a scheduler after `set_timesteps`.
+
+    Raises:
+        SdfpError: If that was not called.
+    """
+    if scheduler.num_inference_steps is None:
+        raise SdfpError(
+            type(scheduler).__name__,
+            "has no timesteps yet",
+            "Call its set_timesteps before the denoiser, on the scheduler of the pipeline that the plan is applied to.",
+        )
     return SchedulerFingerprint(
         name=type(scheduler).__name__,
         config_sha256=_config_hash(scheduler.config),

@@ -26,7 +26,17 @@ from sdfp_vllm.dipgo.objective import Consistency
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 from sdfp_vllm.dipgo.plan import DipgoPlan, Provenance, Quality, rows
 from sdfp_vllm.dipgo.quality import psnr, ssim
-from sdfp_vllm.dipgo.refine import Task, evenly, greedy, log_error, path, refine, slide
+from sdfp_vllm.dipgo.refine import (
+    Task,
+    evenly,
+    greedy,
+    likeness,
+    log_error,
+    path,
+    refine,
+    slide,
+    surest,
+)
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.stopwatch import measure_latency
 from sdfp_vllm.dipgo.surrogate import record
@@ -35,8 +45,10 @@ from sdfp_vllm.fit.progress import Stages, stages
 from sdfp_vllm.source_tree import git_sha
 
 STATE_FILE = ".dipgo-search-partial.pt"
-# Seeds of images: the search's, those that gates are compared on, and those that quality is stated on.
-_SEARCH, _COMPARE, _TEST = 1_000_000, 2_000_000, 3_000_000
+# Seeds of images: those recorded, those that gates are compared on, those that decide how far refinement is believed,
+# and those that quality is stated on.
+_SEARCH, _COMPARE, _JUDGE, _TEST = 1_000_000, 2_000_000, 2_500_000, 3_000_000
+_JUDGES = 2  # times as many images as gates are compared on
 
 Method = Literal["fisher", "learned"]
 
@@ -219,33 +231,53 @@ def _learned(sampler: Sampler, options: SearchOptions, progress: Stages, state_f
 
 def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path | None) -> Found:
     ways = _ways(sampler, options)
-    seeds = [_SEARCH + options.seed * 10_007 + i for i in range(options.images)]
-    compare = [_COMPARE + options.seed * 10_007 + i for i in range(options.images)]
+    first = options.seed * 10_007
+    seeds = [_SEARCH + first + i for i in range(options.images)]
+    compare = [_COMPARE + first + i for i in range(options.images)]
+    judges = [_JUDGE + first + i for i in range(_JUDGES * options.images)]
     with torch.no_grad():
-        full = sampler.latents(compare)
-    best, best_error = None, np.inf
+        full, full_compare = (sampler.latents(s) for s in (seeds, compare))
+        full_judges = sampler.decode(sampler.latents(judges))
+    tried: list[tuple[float, Found]] = []
+
+    def consider(granularity: Granularity, task: Task, gates: Gates) -> None:
+        tried.append((log_error(task.run(gates, compare), full_compare), Found(granularity, task, gates)))
+
+    def best(of: Granularity) -> Found:
+        return min((t for t in tried if t[1].granularity == of), key=lambda t: t[0])[1]
+
     with progress.step("Recording and choosing gates", len(ways)) as advance:
         for granularity, task in ways:
             surrogate = record(sampler, task.layout, task.reuse, task.order, seeds, options.projections)
             gates = greedy(task, surrogate)
             # The surrogate's optimum is not always better than what greedy closing finds: both are tried.
-            candidates = [gates, *path(task, surrogate, gates)[-1:]]
+            for candidate in (gates, *path(task, surrogate, gates)[-1:]):
+                consider(granularity, task, candidate)
             # Nor is either always better than even steps, where few are left.
             if granularity == "step":
-                candidates.append(evenly(task))
-            for candidate in candidates:
-                error = log_error(task.run(candidate, compare), full)
-                if error < best_error:
-                    best, best_error = Found(granularity, task, candidate), error
-            advance(1, f"Best so far: {best.granularity if best else '-'}, {-10 * best_error:.1f} dB")
-    assert best is not None
-    with progress.step("Refining", options.rounds) as advance:
-        gates = refine(best.task, best.gates, compare, full, options.rounds, options.projections, advance)
-    if best.granularity == "step" and options.rounds:
-        with progress.step("Moving steps", 1) as advance:
-            gates = slide(best.task, gates, compare, full)
+                consider(granularity, task, evenly(task))
+            error, found = min(tried, key=lambda t: t[0])
+            advance(1, f"Best so far: {found.granularity}, {-10 * error:.1f} dB")
+    kinds = list(dict.fromkeys(granularity for granularity, _ in ways))
+    # Which kind ends best shows only in the end, and not on the images that its gates were chosen on.
+    ended: list[tuple[float, Found]] = []
+    with progress.step("Refining", len(kinds) * (options.rounds + 1)) as advance:
+        for kind in kinds:
+            task = best(kind).task
+            ranked = sorted((t for t in tried if t[1].task is task), key=lambda t: -t[0])
+            line = [surest(task, [found.gates for _, found in ranked], judges, full_judges)]
+            # What is on this line is there too when more rounds follow, so that more search never ends worse.
+            if kind == "step" and options.rounds:
+                line.append(slide(task, line[0], compare, full_compare))
             advance(1)
-    return Found(best.granularity, best.task, gates)
+            line += refine(
+                task, line[-1], seeds, full, compare, full_compare,
+                options.rounds, options.projections, advance,
+            )[1:]  # fmt: skip
+            gates = surest(task, line, judges, full_judges)
+            reached = float(likeness(task, gates, judges, full_judges).mean())
+            ended.append((reached, Found(kind, task, gates)))
+    return max(ended, key=lambda e: e[0])[1]
 
 
 def _ways(sampler: Sampler, options: SearchOptions) -> list[tuple[Granularity, Task]]:

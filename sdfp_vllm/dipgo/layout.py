@@ -15,6 +15,7 @@ from sdfp_vllm.errors import SdfpError
 Granularity = Literal["block", "step"]
 Gates = NDArray[np.bool_]  # (calls, units): True where the unit runs
 
+NAMES = ("transformer", "unet")  # what pipelines call their denoiser
 _CHAINS = ("DiTTransformer2DModel", "PixArtTransformer2DModel")
 _UNETS = ("UNet2DConditionModel",)
 
@@ -71,13 +72,13 @@ class Layout:
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """The name and module of a pipeline's denoiser.
+    """The name and module of a pipeline's denoiser; of a compiled one, the module that was compiled.
 
     Raises:
         SdfpError: If the pipeline has none of a supported class.
     """
-    for name in ("transformer", "unet"):
-        module = getattr(pipe, name, None)
+    for name in NAMES:
+        module = unwrapped(getattr(pipe, name, None))
         if module is not None and type(module).__name__ in _CHAINS + _UNETS:
             return name, module
     raise SdfpError(
@@ -85,6 +86,12 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
         "has no denoiser that DiP-GO knows",
         f"Use a pipeline around one of {', '.join(_UNETS + _CHAINS)}.",
     )
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside what `torch.compile(module)` gave; anything else as it is."""
+    # By its name: importing the class takes as long as torch itself.
+    return module._orig_mod if type(module).__name__ == "OptimizedModule" else module
 
 
 def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sdfp_vllm.dipgo.cost import Cost
 from sdfp_vllm.dipgo.layout import Gates, Layout
 from sdfp_vllm.dipgo.macs import MacCount
+from sdfp_vllm.dipgo.quality import psnr
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.dipgo.sampling import Sampler
 from sdfp_vllm.dipgo.surrogate import Surrogate, record
@@ -45,10 +46,15 @@ class Task:
             return self.sampler.latents(seeds)
 
 
-def log_error(latents: Tensor, full: Tensor) -> float:
-    """Mean over images of log10 of the mean squared error: falls by 0.1 for 1 dB of latent PSNR."""
+def log_errors(latents: Tensor, full: Tensor) -> Tensor:
+    """Of each image, log10 of the mean squared error: falls by 0.1 for 1 dB of latent PSNR."""
     error = (latents - full).square().flatten(1).mean(1)
-    return float(torch.log10(error.clamp(min=1e-12)).mean())
+    return torch.log10(error.clamp(min=1e-12))
+
+
+def log_error(latents: Tensor, full: Tensor) -> float:
+    """Mean over images of their log errors."""
+    return float(log_errors(latents, full).mean())
 
 
 def greedy(task: Task, surrogate: Surrogate) -> Gates:
@@ -155,30 +161,38 @@ def refine(
     gates: Gates,
     seeds: Sequence[int],
     full: Tensor,
+    compare: Sequence[int],
+    full_compare: Tensor,
     rounds: int,
     projections: int,
     advance: Callable[..., None] = lambda count, title=None: None,
-) -> Gates:
+) -> list[Gates]:
     """Coordinate descent on real generations: each round records the present gates anew and follows what that says.
 
     The surrogate is exact only near the generation it was recorded on. So a round tries the way
     to its optimum from the far end: the whole way, then half the swaps, a quarter, down to one;
-    the first that lowers the real error on `seeds` is kept, and a round without one is the last.
+    the first that lowers the real error is kept, and a round without one is the last.
 
     Args:
-        full: Latents of the full run on `seeds`.
+        seeds: Images to record, with `full`, the latents of their full run.
+        compare: Images that decide, others than those recorded, with `full_compare`.
         projections: Backward passes per round.
         advance: Called with 1 after each round.
+
+    Returns:
+        The gates kept, in order, beginning with those given. The first rounds are the same however many follow.
     """
-    error = log_error(task.run(gates, seeds), full)
+    line = [gates]
+    error = log_error(task.run(gates, compare), full_compare)
     for done in range(rounds):
         surrogate = record(task.sampler, task.layout, task.reuse, task.order, seeds, projections, gates, full)
         way = path(task, surrogate, gates)
         length = len(way)
         while length:
-            trial_error = log_error(task.run(way[length - 1], seeds), full)
+            trial_error = log_error(task.run(way[length - 1], compare), full_compare)
             if trial_error < error:
                 gates, error = way[length - 1], trial_error
+                line.append(gates)
                 break
             length //= 2
         # Of the latents, with noise of unit size as the peak.
@@ -186,4 +200,32 @@ def refine(
         if not length:
             advance(rounds - done - 1)
             break
-    return gates
+    return line
+
+
+def likeness(task: Task, gates: Gates, seeds: Sequence[int], full: Tensor) -> Tensor:
+    """PSNR in dB of each decoded image to `full`, those of the full run: what a plan is stated by.
+
+    Latents tell another story: what overshoots the range of images does not show in them.
+    """
+    with torch.no_grad():
+        return psnr(task.sampler.decode(task.run(gates, seeds)), full)
+
+
+def surest(task: Task, line: Sequence[Gates], seeds: Sequence[int], full: Tensor) -> Gates:
+    """The last gates of `line` that are better than those chosen before them by more than chance.
+
+    Whoever chooses among many on few images chooses what fits those. So `seeds` are none that the line was made on, and
+    a gain counts if it is more than one standard error of its mean over images: a longer line ends where
+    a shorter one does, or better on `seeds`.
+
+    Args:
+        full: Images of the full run on `seeds`.
+    """
+    chosen, reached = line[0], likeness(task, line[0], seeds, full)
+    for gates in line[1:]:
+        trial = likeness(task, gates, seeds, full)
+        gain = trial - reached
+        if gain.mean() > gain.std(correction=0) / len(gain) ** 0.5:
+            chosen, reached = gates, trial
+    return chosen

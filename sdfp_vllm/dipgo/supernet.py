@@ -42,7 +42,7 @@ class SuperNet:
         self._backups: list[list[Tensor]] = []
 
     def __enter__(self) -> SuperNet:
-        self.clock = Clock(self._sampler.scheduler.timesteps, lambda: self._backups.clear(), lambda: None)
+        self.clock = Clock(self._sampler.scheduler.timesteps, lambda _: self._backups.clear())
         self._blends = [_Blend(self, i, self._residual) for i in range(len(self._units))]
         for module, blend in zip(self._units, self._blends, strict=True):
             HookRegistry.check_if_exists_or_initialize(module).register_hook(blend, _HOOK)
@@ -119,14 +119,15 @@ class _Blend(ModelHook):
         self._residual = residual
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Of the input as it is now, and copies of what is passed on: others write into either.
+        entering = input_of(args, kwargs).clone() if self._residual else None
         output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
-        entering = input_of(args, kwargs) if self._residual else None
         leaves, spec = tree_flatten(output if entering is None else output - entering)
         if self.gate is None:
-            self.kept = leaves
+            self.kept = [leaf.clone() for leaf in leaves]
             return output
         self.kept = [
             self.gate * now + (1 - self.gate) * old for now, old in zip(leaves, self.backup, strict=True)
         ]
-        blended = tree_unflatten(self.kept, spec)
+        blended = tree_unflatten([leaf.clone() for leaf in self.kept], spec)
         return blended if entering is None else entering + blended

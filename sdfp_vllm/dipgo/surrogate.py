@@ -153,7 +153,7 @@ class _Trace:
 
     def __enter__(self) -> _Trace:
         denoiser = self._sampler.denoiser
-        self.clock = Clock(self._sampler.scheduler.timesteps, lambda: None, lambda: None)
+        self.clock = Clock(self._sampler.scheduler.timesteps)
         self._modules = self._layout.modules(denoiser)
         for i, module in enumerate(self._modules):
             registry = HookRegistry.check_if_exists_or_initialize(module)
@@ -179,8 +179,9 @@ class _Tap(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step = self._trace.clock.step
+        # Of the input as it is now: the unit may write into it.
+        entering = input_of(args, kwargs).clone() if self._residual else None
         output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
-        entering = input_of(args, kwargs) if self._residual else None
         leaves, spec = tree_flatten(output if entering is None else output - entering)
         computed = [leaf.detach() for leaf in leaves]
         if self._runs[step]:

@@ -21,6 +21,7 @@ from sdfp_vllm.fit.search import WORTHWHILE
 from sdfp_vllm.measure import EngineSpec, Measurement, Turn, one_by_one, run_engine, run_engines
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import Fingerprint
+from sdfp_vllm.plan.model_files import weight_files
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.schema import DraftHead, Prediction, Provenance, SkipPlan, Speeds, StoredView
 from sdfp_vllm.plan.store import save_plan
@@ -40,7 +41,12 @@ def engine_is_here() -> bool:
 
 
 def overheads_of(
-    costs: Costs, model_dir: Path, identity: Fingerprint, eager: bool, can_round: Mapping[str, bool]
+    costs: Costs,
+    model_dir: Path,
+    identity: Fingerprint,
+    eager: bool,
+    can_round: Mapping[str, bool],
+    trust_remote_code: bool = False,
 ) -> Costs:
     """`costs` with what an engine adds to each layer, in the target's step and in a draft step.
 
@@ -66,7 +72,7 @@ def overheads_of(
             ignore_eos=True,
             dtype=costs.dtype,
             engine={
-                **_settings(len(prompt) + _PROBE_TOKENS, eager),
+                **engine_settings(len(prompt) + _PROBE_TOKENS, eager, trust_remote_code),
                 "load_format": "dummy",
                 "hf_overrides": {"num_hidden_layers": layers},
             },
@@ -120,7 +126,13 @@ def _plan_by_hand(identity: Fingerprint, view: StoredView) -> SkipPlan:
 
 
 def with_check(
-    plan: SkipPlan, model_dir: Path, folder: Path, prompts: list[list[int]], eager: bool, bar: Stages
+    plan: SkipPlan,
+    model_dir: Path,
+    folder: Path,
+    prompts: list[list[int]],
+    eager: bool,
+    bar: Stages,
+    trust_remote_code: bool = False,
 ) -> SkipPlan:
     """`plan` with what plain decoding and the plan in `folder` give on the engine, and a verdict from that.
 
@@ -134,7 +146,7 @@ def with_check(
         torch.cuda.empty_cache()
     dtype, stored = plan.costs.dtype, stored_dtype(model_dir)
     turns = one_by_one(prompts, _NEW_TOKENS)
-    settings = _settings(max(map(len, prompts)) + _NEW_TOKENS, eager)
+    settings = engine_settings(max(map(len, prompts)) + _NEW_TOKENS, eager, trust_remote_code)
 
     def spec(speculative: dict[str, str] | None, kind: str, own: list[Turn]) -> EngineSpec:
         return EngineSpec(
@@ -183,7 +195,7 @@ def with_check(
 
 def _run(specs: list[EngineSpec], model_dir: Path, plan: SkipPlan, done) -> list[Measurement]:
     """In turns, where memory holds all engines at once; else one after the other."""
-    stored = sum(f.stat().st_size for kind in ("*.safetensors", "*.bin") for f in model_dir.glob(kind))
+    stored = sum(f.stat().st_size for f in weight_files(model_dir))
     needed = (
         sum(_PACKED * stored * (2 if s.dtype == "float32" else 1) + _ENGINE_BYTES for s in specs)
         + plan.extra_bytes
@@ -198,11 +210,12 @@ def _run(specs: list[EngineSpec], model_dir: Path, plan: SkipPlan, done) -> list
     return run_engines(specs, on_step=lambda engine, step: done())
 
 
-def _settings(positions: int, eager: bool) -> dict[str, object]:
+def engine_settings(positions: int, eager: bool, trust_remote_code: bool) -> dict[str, object]:
+    """Arguments of an engine for one request of `positions` tokens."""
     settings: dict[str, object] = {
         "max_model_len": positions + 32,
-        "max_num_seqs": 1,
         "enforce_eager": eager,
+        "trust_remote_code": trust_remote_code,
     }
     if torch.cuda.is_available():  # this process keeps some of the GPU
         free, total = torch.cuda.mem_get_info()

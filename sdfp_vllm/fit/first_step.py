@@ -95,10 +95,12 @@ class FirstStep:
 
     def _overlap(self, hidden: Tensor) -> float:
         if self._target is None:
-            self._target = [self.stack.head(h).float().softmax(-1) for h in self._full.split(_HEAD_ROWS)]
+            parts = (self.stack.head(h).float() for h in self._full.split(_HEAD_ROWS))
+            self._target = [self.stack.scaled(part).softmax(-1) for part in parts]
         total, head = 0.0, self._rollout.head or self.stack.head
         for ours, p in zip(hidden.split(_HEAD_ROWS), self._target, strict=True):
-            total += float(torch.minimum(p, head(ours).float().softmax(-1)).sum())
+            draft = self.stack.scaled(head(ours).float())
+            total += float(torch.minimum(p, draft.softmax(-1)).sum())
         return total / len(hidden)
 
     def divergence(self, gates: Tensor, chunks: Sequence[int] | None = None) -> tuple[float, Tensor]:
@@ -127,8 +129,8 @@ class FirstStep:
         total = hidden.new_zeros((), dtype=torch.float32)
         for ours, theirs in zip(hidden.split(_HEAD_ROWS), full.split(_HEAD_ROWS), strict=True):
             with torch.no_grad():
-                target = self.stack.head(theirs).float().log_softmax(-1)
-            draft = self.stack.head(ours).float().log_softmax(-1)
+                target = self.stack.scaled(self.stack.head(theirs).float()).log_softmax(-1)
+            draft = self.stack.scaled(self.stack.head(ours).float()).log_softmax(-1)
             total = total + nn.functional.kl_div(draft, target, log_target=True, reduction="sum")
         return total
 

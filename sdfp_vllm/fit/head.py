@@ -59,7 +59,7 @@ def head_bytes(tokens: int, hidden: int, precision: Precision, dtype: torch.dtyp
 class RolledHead(nn.Module):
     """The head as a draft has it in a rollout: [R, hidden] -> [R, M] logits of `tokens` (None: of all).
 
-    Scale and soft cap of logits are left out, as in `DecoderStack.head`: they do not change the argmax.
+    Scale and soft cap of logits are left out, as in `DecoderStack.head` (`DecoderStack.scaled` has them).
 
     Args:
         tokens: int64 [M], ascending.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdfp_vllm import __version__
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.fit.admission import admit
 from sdfp_vllm.fit.bridged_search import VARIANTS, search_bridged
 from sdfp_vllm.fit.chances import measure_chances
 from sdfp_vllm.fit.cost import measure_costs
@@ -32,6 +33,7 @@ from sdfp_vllm.fit.search import MAX_TRIED, candidate_sizes, check_request
 from sdfp_vllm.fit.selectors import SELECTORS, Problem, most_steps
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.fit.texts import CHECKED, Texts, own_windows
+from sdfp_vllm.fit.window_search import long_texts, with_window
 from sdfp_vllm.plan.bridge_file import pack_bridges
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
@@ -40,6 +42,7 @@ from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.schema import Chances, DraftHead, LayerScore, Provenance, SkipPlan, StoredView
 from sdfp_vllm.plan.store import default_plan_dir, save_plan
 from sdfp_vllm.plan.view import BRANCHES, Precision
+from sdfp_vllm.plan.window import parse_window
 from sdfp_vllm.rounding import copy_bytes
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer
@@ -66,20 +69,26 @@ def make_plan(
     """
     options = PlanOptions(**requests)
     options.check()
-    model_dir = resolve_model_dir(model)
+    # All that may be refused comes first: fetching and loading the weights may take minutes, or hours.
+    model_dir = resolve_model_dir(model, options.revision, weights=False)
+    admit(model_dir, options)
+    shape = fingerprint(model_dir, weights=False)
+    check_request(shape.num_layers, options.layers, options.draft_tokens)
+    check_head(options.head, shape.vocab_size)
+    texts = Texts.read(options, load_tokenizer(model_dir, options.trust_remote_code))
+    model_dir = resolve_model_dir(model, options.revision)
     identity = fingerprint(model_dir)
-    check_request(identity.num_layers, options.layers, options.draft_tokens)
-    check_head(options.head, identity.vocab_size)
     folder = _writable(out or default_plan_dir(identity))
-    # Text first: its errors are the user's to correct, and loading the weights may take minutes.
-    texts = Texts.read(options, load_tokenizer(model_dir))
+    long = long_texts(model_dir, texts.tokenizer, options) if options.window == "auto" else []
     corpus = texts.corpus() if options.ray or options.score_text == "corpus" else None
     with stages(console) as bar:
         # First, so that this process and a worker on this machine never hold the model at once.
-        sums = _sums_on_ray(model, corpus, identity, folder, options, bar) if options.ray else None
+        sums = _sums_on_ray(model, model_dir, corpus, identity, folder, options, bar) if options.ray else None
         with bar.step("Loading the model", 1):
             transformers.utils.logging.disable_progress_bar()  # ours shows the stages
-            stack = DecoderStack(load_target(model_dir, DTYPES[options.dtype], options.device))
+            stack = DecoderStack(
+                load_target(model_dir, DTYPES[options.dtype], options.device, options.trust_remote_code)
+            )
         costs = _costs(stack, model_dir, identity, options, bar)
         with bar.step("Target's own text", options.new_tokens) as advance:
             tried, checked = _parted(texts.ask(stack), options)
@@ -93,9 +102,21 @@ def make_plan(
         del stack, text  # the engines of the check need the room
         save_plan(plan, folder, tensors, head_tokens)
         (folder / _CHECKPOINT).unlink(missing_ok=True)
-        if options.run_check:
+        if options.run_check or long:
             try:
-                plan = with_check(plan, model_dir, folder, [p.tolist() for p in checked], options.eager, bar)
+                if long:
+                    plan = with_window(plan, model_dir, folder, long, options, bar)
+                    save_plan(plan, folder, tensors, head_tokens)
+                if options.run_check:
+                    plan = with_check(
+                        plan,
+                        model_dir,
+                        folder,
+                        [p.tolist() for p in checked],
+                        options.eager,
+                        bar,
+                        options.trust_remote_code,
+                    )
             except (
                 SdfpError
             ) as e:  # the plan is made and saved: an engine that does not start costs the check alone
@@ -129,7 +150,12 @@ def _costs(
     if options.run_check:
         with bar.step("What the engine adds", 1):
             costs = overheads_of(
-                costs, model_dir, identity, options.eager, {b: stack.can_round(b) for b in BRANCHES}
+                costs,
+                model_dir,
+                identity,
+                options.eager,
+                {b: stack.can_round(b) for b in BRANCHES},
+                options.trust_remote_code,
             )
     return costs
 
@@ -150,6 +176,7 @@ def _scores(
 
 def _sums_on_ray(
     model: str,
+    model_dir: Path,
     ids: Tensor | None,
     identity: Fingerprint,
     folder: Path,
@@ -159,9 +186,18 @@ def _sums_on_ray(
     from sdfp_vllm.fit.ray_fisher import FisherJob, ray_fisher_sums
 
     assert options.ray is not None and ids is not None
-    if Path(model).is_dir():  # workers have other working directories; a hub id is resolved on each node
-        model = str(Path(model).resolve())
-    job = FisherJob(model, identity, ids, DTYPES[options.dtype], f"{identity.sha256} {options.seed}")
+    revision = model_dir.name  # the commit: an id is resolved on each node, and a branch may move on
+    if Path(model).is_dir():  # workers have other working directories
+        model, revision = str(model_dir.resolve()), None
+    job = FisherJob(
+        model,
+        identity,
+        ids,
+        DTYPES[options.dtype],
+        f"{identity.sha256} {options.seed}",
+        options.trust_remote_code,
+        revision,
+    )
     with bar.step("Fisher traces (starting Ray)", len(ids)) as advance:
         return ray_fisher_sums(
             job, options.ray, checkpoint=folder / _CHECKPOINT, resume=options.resume, advance=advance
@@ -291,6 +327,7 @@ def _plan(
     """The plan, and the contents of the files beside it."""
     found, options = chosen.found, texts.options
     choice, fitted = found.choice, found.fitted
+    window = None if options.window == "auto" else parse_window("--window", options.window)
     bridges = tensors = head_tokens = None
     if fitted.runs:
         bridges, tensors = pack_bridges(fitted.runs, fitted.bridges)
@@ -302,8 +339,9 @@ def _plan(
         beside = head_bytes(len(chosen.tokens), identity.hidden_size, chosen.precision, dtype)
     plan = SkipPlan(
         model=model,
+        revision=None if Path(model).is_dir() else options.revision,
         fingerprint=identity,
-        view=StoredView.of(choice.keep, identity.num_layers, bridges, head),
+        view=StoredView.of(choice.keep, identity.num_layers, bridges, head, window),
         extra_bytes=memory.of(choice.keep) + beside,
         num_speculative_tokens=choice.draft_tokens,
         draft_tokens_by_batch=choice.by_batch,
@@ -340,6 +378,6 @@ def _writable(folder: Path) -> Path:
         raise SdfpError(
             f"output folder {folder}",
             f"cannot be written ({e.strerror or e})",
-            "Choose another folder with -o.",
+            "Choose another folder with -o, or with SDFP_CACHE_DIR.",
         ) from e
     return folder

@@ -12,6 +12,7 @@ from sdfp_vllm.fit.bridged_search import VARIANTS, BridgeRequest, check_bridge
 from sdfp_vllm.fit.memory import parse_memory
 from sdfp_vllm.fit.selectors import Selector, check_selector
 from sdfp_vllm.plan.view import PRECISIONS
+from sdfp_vllm.plan.window import parse_window
 from sdfp_vllm.ray_cluster import RayOptions
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,6 +24,7 @@ class PlanOptions:
     """What the user can ask of the job; docs/search.md says what the defaults take.
 
     Attributes:
+        revision: Branch, tag or commit of a model that is an id; None for the hub's default.
         calibration, field: Source of calibration text (None: the built-in sample) and its text field.
         sequences, length: Windows scored for the Fisher trace, and tokens in each.
         text_sequences, prompt, new_tokens: Texts that the target writes to try drafts on, each
@@ -36,14 +38,18 @@ class PlanOptions:
             is predicted to be faster.
         precision: What the draft's branches may run at: "auto" (whatever there are kernels for), "full", or one by name.
         extra_memory: The most that rounded copies may take, as `parse_memory` reads it; None for any amount.
+        window: How much of a long context drafts attend to: "none" for all of it, a number of last tokens, or "auto", what
+            is measured to be fastest (needs vLLM).
         score_text: Text that Fisher traces are taken on: the target's own, or the calibration text. With `ray`
             always the latter.
         run_check: Run plain decoding and the plan on the real engine at the end.
         eager: Whether the engine that is served with runs eager (`--enforce-eager`), for costs and check.
-        anyway: Go on where costs alone say that nothing can pay.
+        anyway: Go on where costs alone say that nothing can pay, and with an architecture that was not tried.
+        trust_remote_code: Run code that comes with the checkpoint where it needs that.
         ray: Score the layers on a Ray cluster; None scores them in this process.
     """
 
+    revision: str | None = None
     calibration: str | None = None
     field: str = "text"
     sequences: int = 8
@@ -61,10 +67,12 @@ class PlanOptions:
     head: str = "auto"
     precision: str = "auto"
     extra_memory: str | None = None
+    window: str = "none"
     score_text: ScoreText = "own"
     run_check: bool = True
     eager: bool = False
     anyway: bool = False
+    trust_remote_code: bool = False
     resume: bool = False
     ray: RayOptions | None = None
 
@@ -109,3 +117,5 @@ class PlanOptions:
         check_bridge(self.bridge)
         check_selector(self.selector)
         parse_memory(self.extra_memory, 0)
+        if self.window != "auto":
+            parse_window("--window", self.window)

@@ -42,6 +42,8 @@ class FisherJob:
         ids: int64 [N, T] calibration windows.
         dtype: None for the checkpoint's.
         identity: What else the sums depend on; part of the checkpoint's key.
+        trust_remote_code: Whether workers may run code that comes with the checkpoint.
+        revision: Of an id; None for the hub's default.
     """
 
     model: str
@@ -49,6 +51,8 @@ class FisherJob:
     ids: Tensor
     dtype: torch.dtype | None
     identity: str
+    trust_remote_code: bool = False
+    revision: str | None = None
 
 
 def ray_fisher_sums(
@@ -147,7 +151,7 @@ class _Pool:
 
     def _start(self) -> None:
         job = self._job
-        actor = self._actor.remote(job.model, job.target, job.dtype)
+        actor = self._actor.remote(job.model, job.target, job.dtype, job.trust_remote_code, job.revision)
         call = actor.load.remote()
         self._loading.add(call)
         self._calls[call] = (actor, None)
@@ -185,8 +189,16 @@ class _Pool:
 class FisherWorker:
     """A worker's copy of the model. Lives in a Ray actor, but knows nothing of Ray."""
 
-    def __init__(self, model: str, target: Fingerprint, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        model: str,
+        target: Fingerprint,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ):
         self._model, self._target, self._dtype = model, target, dtype
+        self._trusted, self._revision = trust_remote_code, revision
 
     def load(self) -> str:
         """Loads the model and returns the dtype of its layers.
@@ -196,7 +208,7 @@ class FisherWorker:
         """
         here = f"worker on {platform.node()}"
         try:
-            folder = resolve_model_dir(self._model)
+            folder = resolve_model_dir(self._model, self._revision)
             found = fingerprint(folder)
         except SdfpError as e:
             raise SdfpError(
@@ -212,7 +224,7 @@ class FisherWorker:
         device = (
             "cpu" if not torch.cuda.is_available() else "auto" if torch.cuda.device_count() > 1 else "cuda"
         )
-        self._stack = DecoderStack(load_target(folder, self._dtype, device))
+        self._stack = DecoderStack(load_target(folder, self._dtype, device, self._trusted))
         return str(next(p for _, p in self._stack.layer_parameters(0)).dtype)
 
     def window(self, ids: Tensor) -> FisherSums:

@@ -263,7 +263,7 @@ class DraftRollout:
                     target = self.target[rows.sequence, position - text.first]
                     right = self._argmax(hidden, head, tokens) == target
                     if watch:
-                        watch(_confidence(head, hidden), right)
+                        watch(self._confidence(head, hidden), right)
                     rows = rows.select(right)
                     lengths[rows.sequence.cpu(), (rows.start - text.first).cpu()] += 1
                 runs = AcceptedRuns(lengths, runs.ends, j + 1)
@@ -290,8 +290,7 @@ class DraftRollout:
         rows = torch.cat([head(part).argmax(-1) for part in hidden.split(_HEAD_ROWS)])
         return rows if tokens is None else tokens.to(rows.device)[rows]
 
-
-def _confidence(head: nn.Module, hidden: Tensor) -> Tensor:
-    """The largest probability of each row, [R]; logits as the head gives them, without scale and soft cap."""
-    logits = (head(rows).float() for rows in hidden.split(_HEAD_ROWS))
-    return torch.cat([(rows.amax(-1) - rows.logsumexp(-1)).exp() for rows in logits])
+    def _confidence(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """The largest probability of each row, [R]."""
+        logits = (self.stack.scaled(head(rows).float()) for rows in hidden.split(_HEAD_ROWS))
+        return torch.cat([(rows.amax(-1) - rows.logsumexp(-1)).exp() for rows in logits])

@@ -1,7 +1,7 @@
 """Attention as the draft has it in the engine: the full model's past, and its own short chain.
 
 Plugged into transformers' attention interface, so that it serves every architecture whose
-attention goes through it: grouped heads, sliding windows and score caps come as arguments.
+attention goes through it: grouped heads, sliding windows, score caps and sinks come as arguments.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class FullPass:
     values: dict[int, Tensor] = field(default_factory=dict)
     begin: int = 0
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window, softcap) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window, softcap, sinks
+    ) -> Tensor:
         self.keys[layer], self.values[layer] = k[0], v[0]
         position = torch.arange(k.shape[2], device=k.device)
         seen = _within(position[:, None] - position, window)
-        weights = _weights(_scores(q[0], k[0]) * scaling, seen, softcap).to(v.dtype)
+        weights = _weights(_scores(q[0], k[0]) * scaling, seen, softcap, sinks).to(v.dtype)
         return (weights.flatten(1, 2) @ v[0]).view(1, q.shape[1], q.shape[2], -1)
 
 
@@ -56,7 +58,9 @@ class DraftRows:
         chain = {i: [(k[:, rows], v[:, rows]) for k, v in steps] for i, steps in self.chain.items()}
         return DraftRows(self.full, self.sequence[rows], self.start[rows], chain)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window, softcap) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window, softcap, sinks
+    ) -> Tensor:
         steps = self.chain.setdefault(layer, [])
         steps.append((k[0], v[0]))
         own_k, own_v = (torch.stack(t, dim=2) for t in zip(*steps, strict=True))  # [Hkv, R, j + 1, D]
@@ -67,10 +71,12 @@ class DraftRows:
         ):
             rows = slice(low, low + count)
             low += count
-            out[:, rows] = self._attend_one(n, layer, rows, q[0], own_k, own_v, scaling, window, softcap)
+            out[:, rows] = self._attend_one(
+                n, layer, rows, q[0], own_k, own_v, scaling, window, softcap, sinks
+            )
         return out[None]
 
-    def _attend_one(self, n, layer, rows, q, own_k, own_v, scaling, window, softcap) -> Tensor:
+    def _attend_one(self, n, layer, rows, q, own_k, own_v, scaling, window, softcap, sinks) -> Tensor:
         """Attention of one sequence's rows: over its full-model K/V below start, then over the own chain."""
         full = self.full[n]
         past_k, past_v = full.keys[layer], full.values[layer]
@@ -83,9 +89,8 @@ class DraftRows:
         )
         grouped = q.view(own_k.shape[0], -1, *q.shape[1:])  # [Hkv, G, r, D]
         own = torch.einsum("hgrd,hrid->hgri", grouped, own_k)
-        weights = _weights(torch.cat([_scores(q, past_k), own], dim=-1) * scaling, seen, softcap).to(
-            own_v.dtype
-        )
+        scores = torch.cat([_scores(q, past_k), own], dim=-1) * scaling
+        weights = _weights(scores, seen, softcap, sinks).to(own_v.dtype)
         from_past, from_own = weights.split([len(past), step + 1], dim=-1)
         mixed = (from_past.flatten(1, 2) @ past_v).view(*grouped.shape[:3], -1)
         return (mixed + torch.einsum("hgri,hrid->hgrd", from_own, own_v)).flatten(0, 1)
@@ -101,11 +106,16 @@ def _within(distance: Tensor, window: int | None) -> Tensor:
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _weights(scores: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
+def _weights(scores: Tensor, seen: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """`sinks`, [H]: a score that each head gives to nothing at all, which takes its share of the softmax."""
     scores = scores.float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.float().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
@@ -119,6 +129,7 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs.get("sliding_window"),
         kwargs.get("softcap"),
+        kwargs.get("s_aux"),
     )
     return out.transpose(1, 2).contiguous(), None
 

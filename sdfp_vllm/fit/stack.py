@@ -1,7 +1,7 @@
 """DecoderStack: one view on any Hugging Face causal LM that is a uniform stack of decoder layers.
 
-Llama, Mistral, Qwen2, Qwen3, Gemma3 (text), Mixtral and Qwen3-MoE are tested; any other model
-whose layers have the same children is taken as well, and everything else is refused by name.
+Any model whose layers have the children of Llama's or Gemma's is taken, and everything else is refused by name; which
+families were tried, here and in the engine, is in `plan/families.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.rounded import rounded_copy
-from sdfp_vllm.plan.keep import SUBLAYER_ARCHITECTURES, Branch, KeepSet
+from sdfp_vllm.plan.families import SUBLAYER_ARCHITECTURES
+from sdfp_vllm.plan.keep import Branch, KeepSet
 from sdfp_vllm.plan.view import Precision
+from sdfp_vllm.remote_code import refused
 
 # Children of a layer -> the residual branch each belongs to. A norm belongs to the branch it
 # feeds or closes, so `post_attention_layernorm` is the MLP's in Llama and attention's in Gemma.
@@ -41,6 +43,8 @@ _SANDWICH_NORM = {
 # The last module of each branch: what it returns is added to the residual stream.
 _LAST = {"attention": "self_attn", "mlp": "mlp"}
 _SANDWICH_LAST = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+
+_TRAINED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -212,6 +216,13 @@ class DecoderStack:
         with self.keeping(keep) as model:
             return model(input_ids=input_ids, use_cache=False).logits
 
+    def scaled(self, logits: Tensor) -> Tensor:
+        """What `head` gives, with the model's scale and soft cap of logits: the same argmax, other probabilities."""
+        config = self.config
+        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def _split(self, i: int) -> dict[str, NamedParameters]:
         """Sorts layer i's parameters into its two branches; each belongs to exactly one."""
         layer = self.layers[i]
@@ -235,7 +246,7 @@ class DecoderStack:
         return SdfpError(
             f"model architecture {type(self.model).__name__}",
             f"not a uniform stack of attention + MLP decoder layers ({why})",
-            "Use a causal LM of the Llama, Mistral, Qwen2, Qwen3, Gemma3 (text), Mixtral or Qwen3-MoE family.",
+            "Use a causal LM of a family in docs/compatibility.md.",
         )
 
 
@@ -246,16 +257,20 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def load_target(
-    model_dir: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    model_dir: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal LM from a local folder, in eval mode.
 
     Args:
         dtype: None keeps the checkpoint's.
         device: One device, or "auto" for layer after layer over all GPUs (needs accelerate).
+        trust_remote_code: Run code that comes with the checkpoint where it needs that.
 
     Raises:
-        SdfpError: If the folder holds no causal LM, or its weights are damaged or incomplete.
+        SdfpError: If the folder holds no causal LM, or its weights are damaged, incomplete or quantised.
     """
     # from_pretrained would fill missing weights with random numbers and only warn.
     try:
@@ -265,9 +280,10 @@ def load_target(
             device_map="auto" if device == "auto" else None,
             local_files_only=True,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
     except Exception as e:  # every library below has its own exceptions
-        raise SdfpError(
+        raise refused(model_dir, e) or SdfpError(
             f"model {model_dir}",
             f"cannot be loaded as a causal LM ({type(e).__name__}: {e})",
             "Give a folder with config.json and undamaged weight files of a decoder-only language model.",
@@ -280,6 +296,13 @@ def load_target(
             f"model {model_dir}",
             f"{len(absent)} weights are missing or of the wrong shape, the first is {absent[0]}",
             "Download or save the model again.",
+        )
+    rounded = next((n for n, p in model.named_parameters() if p.dtype not in _TRAINED), None)
+    if rounded is not None:
+        raise SdfpError(
+            f"model {model_dir}",
+            f"has quantised weights ({rounded} is {model.get_parameter(rounded).dtype}), which have no gradients",
+            "Use the unquantised checkpoint.",
         )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # the default, PyTorch's own, leaves Gemma 2's cap out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ _MARK = "_sdfp_patched"
 
 
 def patch_arguments() -> None:
-    """Wraps `EngineArgs.add_cli_args` and `EngineArgs.create_speculative_config`, once.
+    """Wraps `EngineArgs.add_cli_args`, `create_speculative_config` and `create_engine_config`, once.
 
     Upstream accepts a closed list of method names and keeps `--speculative-model`, the flag
-    users know, under the name `--spec-model`. Checked on 0.32.0. Where the two functions are
-    gone, vLLM keeps working and "sdfp" stays unknown to it.
+    users know, under the name `--spec-model`. Which model runner serves is known once the whole
+    configuration is made. Where the functions are gone, vLLM keeps working and "sdfp" stays
+    unknown to it.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -26,6 +28,7 @@ def patch_arguments() -> None:
         return
     add_cli_args = EngineArgs.add_cli_args
     create = EngineArgs.create_speculative_config
+    create_all = EngineArgs.create_engine_config
 
     @functools.wraps(add_cli_args)
     def with_sdfp_flags(parser: Any) -> Any:
@@ -38,13 +41,26 @@ def patch_arguments() -> None:
         settings = sdfp_settings(self)
         if settings is None:
             return create(self, target_model_config, target_parallel_config)
+        from sdfp_vllm.integration.releases import check_release
+
+        check_release()
         from sdfp_vllm.integration.config import build_config
 
         return build_config(self, settings, target_model_config, target_parallel_config)
 
+    @functools.wraps(create_all)
+    def with_checked_runner(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create_all(self, *args, **kwargs)
+        if getattr(config.speculative_config, "method", None) == METHOD and config.use_v2_model_runner:
+            from sdfp_vllm.integration.releases import check_v2_release
+
+            check_v2_release()
+        return config
+
     for name, function in (
         ("add_cli_args", staticmethod(with_sdfp_flags)),
         ("create_speculative_config", with_sdfp_config),
+        ("create_engine_config", with_checked_runner),
         (_MARK, True),
     ):
         setattr(EngineArgs, name, function)
@@ -109,4 +125,4 @@ def sdfp_settings(args: Any) -> dict[str, Any] | None:
 
 
 def _is_plan(model: Any) -> bool:
-    return isinstance(model, str) and (Path(model) / PLAN_FILE).is_file()
+    return isinstance(model, str) and os.path.isfile(Path(model) / PLAN_FILE)

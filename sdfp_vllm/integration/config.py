@@ -19,6 +19,7 @@ from sdfp_vllm.plan.parcel import PlanParcel
 from sdfp_vllm.plan.schema import MAX_DRAFT_TOKENS, SkipPlan
 from sdfp_vllm.plan.store import find_plan
 from sdfp_vllm.plan.view import DraftView
+from sdfp_vllm.plan.window import parse_window
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -39,6 +40,7 @@ SETTINGS = {
     "adaptive",
     "ngram",
     "precision",
+    "window",
 }
 
 
@@ -97,15 +99,17 @@ class SdfpConfig(SpeculativeConfig):
         return 0  # no draft prefill: nothing is fed beyond what the target verifies
 
     def compute_hash(self) -> str:
-        """Adds the view, bridges and head included: vLLM keys compiled graphs by this, and others are another graph."""
-        factors = f"{super().compute_hash()} sdfp {self.plan.view.model_dump_json()}"
+        """Adds the view, bridges and head included: vLLM keys compiled graphs by this, and others are another graph.
+
+        A window is none: attention reads another table in the same graph.
+        """
+        factors = f"{super().compute_hash()} sdfp {self.plan.view.model_dump_json(exclude={'window'})}"
         return hashlib.sha256(factors.encode()).hexdigest()
 
     def __repr__(self) -> str:
-        return (
-            f"SdfpConfig(plan={self.model!r}, view='{self.view}', "
-            f"num_speculative_tokens={self.num_speculative_tokens})"
-        )
+        # Paced, the number is that of reserved slots, and nobody's draft length.
+        length = "paced" if self.pacing else self.num_speculative_tokens
+        return f"SdfpConfig(plan={self.model!r}, view='{self.view}', num_speculative_tokens={length})"
 
 
 def build_config(args: Any, settings: dict[str, Any], model_config: Any, parallel_config: Any) -> SdfpConfig:
@@ -131,8 +135,10 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     if asked is not None and not isinstance(asked, str):
         raise SdfpError("speculative_config['model']", f"is {asked!r}", 'Give a plan folder, or "sdfp".')
     parcel = at_precision(
-        find_plan(model_config.model, asked, model_config.revision), settings.get("precision", "planned")
+        find_plan(model_config.model, asked, model_config.revision, args.download_dir),
+        settings.get("precision", "planned"),
     )
+    parcel = at_window(parcel, settings.get("window", "planned"))
     plan, path = parcel.plan, parcel.source
     refuse_missing_kernels(plan, model_config)
     k = draft_tokens(plan, settings.get("num_speculative_tokens"))
@@ -146,7 +152,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
             plan.costs.dtype,
             served,
             plan.costs.dtype,
-            plan.model,
+            plan.model_argument,
             served,
         )
     if not plan.worthwhile:
@@ -159,7 +165,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     # A model that drafts with itself has a full distribution to sample from, and sampling from it
     # is accepted more often than its argmax; greedy requests are not affected.
     passed = {"draft_sample_method": "probabilistic", **settings, "ngram": ngram}
-    for ours in ("adaptive", "precision"):
+    for ours in ("adaptive", "precision", "window"):
         passed.pop(ours, None)
     if not set(FIXED_LENGTHS) & set(settings):
         passed["num_speculative_tokens_per_batch_size"] = batch_table(plan, always=adaptive)
@@ -201,6 +207,18 @@ def at_precision(parcel: PlanParcel, asked: Any) -> PlanParcel:
     return parcel if asked == "planned" else replace(parcel, plan=parcel.plan.at_full_precision())
 
 
+def at_window(parcel: PlanParcel, asked: Any) -> PlanParcel:
+    """The plan as it is ("planned"), or with drafts that attend to as much of a long context as asked.
+
+    Raises:
+        SdfpError: If `asked` is neither that nor what `parse_window` reads.
+    """
+    if asked == "planned":
+        return parcel
+    window = parse_window("speculative_config['window']", asked)
+    return replace(parcel, plan=parcel.plan.with_window(window))
+
+
 def refuse_missing_kernels(plan: SkipPlan, model_config: Any) -> None:
     """Raises SdfpError if this machine has no kernel for a precision that the plan's view uses."""
     used = sorted({*plan.used_precisions(), plan.view.head.precision} - {"full"})
@@ -238,7 +256,7 @@ def drafting_mode(plan: SkipPlan, settings: dict[str, Any]) -> tuple[bool, bool]
         raise SdfpError(
             "speculative_config['adaptive']",
             "needs the costs of drafting, which this plan lacks",
-            f"Make the plan again with `sdfp plan {plan.model}`.",
+            f"Make the plan again with `sdfp plan {plan.model_argument}`.",
         )
     if adaptive and "num_speculative_tokens_per_batch_size" in settings:
         raise SdfpError(

@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from typing import Any
 
+from sdfp_vllm.plan.window import parse_window
+
 
 def kv_bytes_per_token(llm: Any) -> float | None:
     """KV cache the engine spends per token, drafts included: the space it was given over the tokens that fit.
@@ -53,6 +55,20 @@ def allow_copies(llm: Any, allowed: bool) -> None:
         pacer.copies = allowed
 
 
+def narrow_drafts(llm: Any, window: int | str) -> None:
+    """Lets the drafts of an in-process engine, which was set up with a window, see another, or "none" for all.
+
+    Raises:
+        SdfpError: If `window` is neither.
+    """
+    drafter = _drafter(llm) or _runner(llm).speculator
+    drafter.window = parse_window("window", window)
+
+
 def _drafter(llm: Any) -> Any:
+    return getattr(_runner(llm), "drafter", None)
+
+
+def _runner(llm: Any) -> Any:
     worker = getattr(getattr(llm.llm_engine, "model_executor", None), "driver_worker", None)
-    return getattr(getattr(getattr(worker, "worker", None), "model_runner", None), "drafter", None)
+    return getattr(getattr(worker, "worker", None), "model_runner", None)

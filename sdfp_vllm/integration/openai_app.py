@@ -18,10 +18,13 @@ def serve_arguments(model: str, engine: Mapping[str, Any]) -> Any:
     Raises:
         SdfpError: If vLLM does not know a flag or its value.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from sdfp_vllm.integration import register
+    from sdfp_vllm.integration.releases import refuse_missing
+
+    refuse_missing("serve")
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from sdfp_vllm.integration import register
+    from sdfp_vllm.integration.compat import make_arg_parser
 
     register()
     parser = make_arg_parser(FlexibleArgumentParser())

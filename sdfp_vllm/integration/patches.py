@@ -7,6 +7,8 @@ import sys
 from typing import Any, Literal
 
 from sdfp_vllm.integration import upstream
+from sdfp_vllm.integration.rejection_sampling import mend_rejection_sampler
+from sdfp_vllm.integration.requests import refuse_requests
 from sdfp_vllm.integration.rounded_weights import round_while_loading
 
 _MARK = "_sdfp_patched"
@@ -21,6 +23,9 @@ def patch_engine() -> None:
     round_while_loading()
     mend_cpu_expand_kernel()
     mend_cpu_top_k_of_no_rows()
+    mend_rejection_sampler()
+    mend_thinking_budgets()
+    refuse_requests()
 
 
 def allow_async_scheduling() -> None:
@@ -178,3 +183,26 @@ def mend_cpu_top_k_of_no_rows() -> None:
 
     setattr(apply_top_k_top_p, _MARK, True)
     rejection_sampler.apply_top_k_top_p = apply_top_k_top_p
+
+
+def mend_thinking_budgets() -> None:
+    """Makes the V1 runner's batch count thinking budgets with `TokenByTokenBudget` where it drafts.
+
+    The batch gets its tracker from `maybe_create_thinking_budget_state_holder`, imported by value. Checked on 0.32.0.
+    """
+    from vllm.v1.worker import gpu_input_batch as module
+
+    original = module.maybe_create_thinking_budget_state_holder
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def create(reasoning_config: Any, max_num_seqs: int, num_spec_tokens: int, *args: Any) -> Any:
+        if reasoning_config is None or num_spec_tokens == 0:
+            return original(reasoning_config, max_num_seqs, num_spec_tokens, *args)
+        from sdfp_vllm.integration.thinking_budget import TokenByTokenBudget
+
+        return TokenByTokenBudget(reasoning_config, max_num_seqs, num_spec_tokens, *args)
+
+    setattr(create, _MARK, True)
+    module.maybe_create_thinking_budget_state_holder = create

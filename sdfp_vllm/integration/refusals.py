@@ -8,6 +8,11 @@ from typing import Any
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import current_platform
 
+# Load formats that read a model's own weight files, or none.
+_OWN_FILES = {
+    "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer", "bitsandbytes", "dummy",
+}  # fmt: skip
+
 # (feature, is it asked for?, why not, the way out)
 _Check = tuple[str, Callable[[Any, Any, Any], bool], str, str]
 
@@ -53,6 +58,58 @@ CHECKS: list[_Check] = [
         lambda args, model, parallel: bool(getattr(args, "enable_lora", False)),
         "maps adapters to verified tokens only, so drafts would use the wrong ones",
         "Merge the adapter into the weights, or serve without SDFP.",
+    ),
+    (
+        "--load-format",
+        lambda args, model, parallel: str(getattr(args, "load_format", "auto")).lower() not in _OWN_FILES,
+        "takes weights from other files than those a plan is tied to",
+        f"Use one of {', '.join(sorted(_OWN_FILES))}.",
+    ),
+    (
+        "model",
+        lambda args, model, parallel: bool(getattr(model, "model_weights", "")),
+        "takes its weights from an object store, where a plan cannot be tied to its files",
+        "Copy it to a folder, and serve that.",
+    ),
+    (
+        "--hf-config-path",
+        lambda args, model, parallel: getattr(model, "hf_config_path", None) not in (None, model.model),
+        "takes the config from another place than the weights, and a plan is tied to both",
+        "Put a config.json into the model's folder.",
+    ),
+    (
+        "--enable-return-routed-experts",
+        lambda args, model, parallel: bool(
+            getattr(args, "enable_return_routed_experts", False)
+            or getattr(getattr(args, "aux_output_config", None), "enable_return_routed_experts", False)
+        ),
+        "records the experts each layer routes to, over which drafts would write theirs",
+        "Leave it off.",
+    ),
+    (
+        "--offload-group-size",
+        lambda args, model, parallel: getattr(args, "offload_group_size", 0) > 0
+        or getattr(args, "offload_backend", "auto") == "prefetch",
+        "fetches the weights of layers in the order in which all of them run, and drafts skip some",
+        "Use --cpu-offload-gb instead.",
+    ),
+    (
+        "--enable-dbo",
+        lambda args, model, parallel: bool(getattr(parallel, "use_ubatching", False)),
+        "runs halves of a batch beside each other (as does --ubatch-size), which was never tried with drafts",
+        "Leave both out.",
+    ),
+    (
+        "--runner",
+        lambda args, model, parallel: getattr(model, "runner_type", "generate") != "generate",
+        "is for a model that generates nothing, so there is nothing to draft",
+        "Serve it without SDFP.",
+    ),
+    (
+        "model",
+        lambda args, model, parallel: bool(getattr(model, "is_diffusion", False)),
+        "generates by denoising, not token by token",
+        "Serve it without SDFP.",
     ),
     (
         "model",

@@ -27,8 +27,10 @@ _COPY = (
     "sdfp_rounded"  # where a linear holds its copy: not as a child module, for it is no part of the target
 )
 # A router ("gate") decides which experts run: it is small, and rounding it buys nothing.
-_PLACE = re.compile(r"(?:^|\.)model\.layers\.(\d+)\.(self_attn|mlp)\.(?!gate$|shared_expert_gate$)")
-_BRANCH: dict[str, Branch] = {"self_attn": "attention", "mlp": "mlp"}
+_PLACE = re.compile(
+    r"(?:^|\.)model\.layers\.(\d+)\.(self_attn|attn|mlp)\.(?!gate$|router$|shared_expert_gate$)"
+)
+_BRANCH: dict[str, Branch] = {"self_attn": "attention", "attn": "attention", "mlp": "mlp"}
 
 
 def round_while_loading() -> None:

@@ -1,16 +1,18 @@
-"""Which model a plan was made for: its shape, and a hash over config and weight files."""
+"""Which model a plan was made for: its shape, and a hash over its config and the weights that an engine loads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.plan.model_files import resolve_model_dir, weight_files
+
+__all__ = ["Fingerprint", "fingerprint", "resolve_model_dir"]
 
 _SAMPLE_BYTES = 64 * 1024
 # Written by the saving library or changed by the user without changing what the model computes.
@@ -20,8 +22,9 @@ _VOLATILE_KEYS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype
 class Fingerprint(BaseModel):
     """Identity of a target model.
 
-    `sha256` covers config.json (without volatile keys) and, per weight file, its name,
-    size, header and a sample of its data, so that a fine-tune of the same shape differs.
+    `sha256` covers config.json (without volatile keys) and, per weight file that an engine loads, its name,
+    size, header and a sample of its data, so that a fine-tune of the same shape differs, and what else lies in the
+    folder does not matter.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,37 +44,14 @@ class Fingerprint(BaseModel):
         ]
 
 
-def resolve_model_dir(model: str, revision: str | None = None) -> Path:
-    """Returns the local folder of `model`, a folder or a Hugging Face id (downloaded if need be).
-
-    Raises:
-        SdfpError: If `model` is neither.
-    """
-    if os.path.isdir(model):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model", "*.jinja"]
-    try:
-        try:
-            return Path(
-                snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=patterns)
-            )
-        except FileNotFoundError:
-            return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as e:
-        raise SdfpError(
-            f"model {model!r}",
-            f"neither a folder nor a Hugging Face model that can be fetched ({type(e).__name__})",
-            "Give the path of a folder with config.json, or the id of a model you can reach.",
-        ) from e
-
-
-def fingerprint(model_dir: str | Path) -> Fingerprint:
+def fingerprint(model_dir: str | Path, weights: bool = True) -> Fingerprint:
     """Computes the fingerprint of a model folder without loading any weight.
 
+    Args:
+        weights: False leaves the weight files out, for the shape alone.
+
     Raises:
-        SdfpError: If config.json is missing or lacks a needed field, or a file cannot be read.
+        SdfpError: If config.json is missing or lacks a needed field, or a file is missing or cannot be read.
     """
     model_dir = Path(model_dir)
     config = _read_config(model_dir)
@@ -80,7 +60,7 @@ def fingerprint(model_dir: str | Path) -> Fingerprint:
     digest = hashlib.sha256()
     stable = {k: v for k, v in config.items() if k not in _VOLATILE_KEYS}
     digest.update(json.dumps(stable, sort_keys=True).encode())
-    for file in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.bin")]):
+    for file in weight_files(model_dir) if weights else ():
         digest.update(file.name.encode())
         try:
             _hash_weight_file(file, digest)

@@ -7,18 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Branch = Literal["attention", "mlp"]
-# Where a layer's branches are known to both sides: `input_layernorm` feeds attention,
-# `post_attention_layernorm` the MLP, and nothing else touches the residual stream.
-SUBLAYER_ARCHITECTURES = frozenset(
-    {
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "MixtralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-    }
-)
 
 
 @dataclass(frozen=True, eq=False)

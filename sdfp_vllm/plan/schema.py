@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing
 from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.families import SUBLAYER_ARCHITECTURES
 from sdfp_vllm.plan.fingerprint import Fingerprint
-from sdfp_vllm.plan.keep import SUBLAYER_ARCHITECTURES, KeepSet
+from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import BRANCHES, DraftView, Mode, Precision
+from sdfp_vllm.plan.window import DraftWindow
 
 SCHEMA_VERSION = 3
 MAX_DRAFT_TOKENS = 32
@@ -140,21 +142,29 @@ class DraftHead(_Strict):
 
 
 class StoredView(_Strict):
-    """What drafts: for each layer's attention and MLP whether it runs and at which precision; bridges; the head."""
+    """What drafts: for each layer's attention and MLP whether it runs and at which precision; bridges; the head; how much of
+    a long context is attended to (None: all)."""
 
     attention: list[Mode] = Field(min_length=1)
     mlp: list[Mode] = Field(min_length=1)
     bridges: Bridges | None = None
     head: DraftHead = DraftHead()
+    window: DraftWindow | None = None
 
     @classmethod
     def of(
-        cls, view: KeepSet, num_layers: int, bridges: Bridges | None = None, head: DraftHead | None = None
+        cls,
+        view: KeepSet,
+        num_layers: int,
+        bridges: Bridges | None = None,
+        head: DraftHead | None = None,
+        window: DraftWindow | None = None,
     ) -> StoredView:
         """As it is stored for a model of `num_layers` layers."""
         full = DraftView.of(view)
         attention, mlp = (full.modes(branch, num_layers) for branch in BRANCHES)
-        return cls(attention=attention, mlp=mlp, bridges=bridges, head=head or DraftHead())
+        head = head or DraftHead()
+        return cls(attention=attention, mlp=mlp, bridges=bridges, head=head, window=window)
 
     @property
     def branches(self) -> DraftView:
@@ -199,6 +209,15 @@ class Speeds(_Strict):
     engine: Literal["eager", "compiled"]
 
 
+class WindowTried(_Strict):
+    """Drafts after texts of `context` tokens, batch 1, that see the last `last` of them (None: all)."""
+
+    context: int = Field(ge=1, strict=True)
+    last: Annotated[int, Field(ge=1, strict=True)] | None
+    tokens_per_second: NonNegative
+    acceptance_rate: Probability
+
+
 class Provenance(_Strict):
     """How the plan was made; enough to make it again."""
 
@@ -221,10 +240,12 @@ class SkipPlan(_Strict):
     draft length for a batch larger than the last is that of the last. `worthwhile` is false
     where plain decoding was as fast on the machine that made the plan: measured, where `check` holds a
     measurement, else predicted. `extra_bytes` is what rounded copies of weights take beside the model's.
+    `revision` is what was asked for of a `model` that is an id; None for the hub's default.
     """
 
     schema_version: Literal[3] = 3
     model: str
+    revision: str | None = None
     fingerprint: Fingerprint
     view: StoredView
     extra_bytes: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -237,6 +258,7 @@ class SkipPlan(_Strict):
     costs: Costs | None = None
     chances: Chances | None = None
     check: Speeds | None = None
+    windows: list[WindowTried] = []
     made: Provenance
 
     @field_validator("draft_tokens_by_batch")
@@ -302,6 +324,11 @@ class SkipPlan(_Strict):
         return self
 
     @property
+    def model_argument(self) -> str:
+        """The model as commands take it, with its revision."""
+        return self.model + (f" --revision {self.revision}" if self.revision else "")
+
+    @property
     def keep(self) -> KeepSet:
         """What drafts, whatever the precision."""
         return self.view.branches.keep
@@ -315,10 +342,14 @@ class SkipPlan(_Strict):
         """The precisions that the view's branches run at."""
         return {*self.view.attention, *self.view.mlp} - {"skip"}
 
+    def with_window(self, window: DraftWindow | None) -> SkipPlan:
+        """The same plan with drafts that attend through `window`; what it promises was tried with its own."""
+        return self.model_copy(update={"view": self.view.model_copy(update={"window": window})})
+
     def at_full_precision(self) -> SkipPlan:
         """The same plan without rounded copies: what it promises is then not what was tried."""
         keep, head = self.keep, self.view.head.model_copy(update={"precision": "full"})
-        view = StoredView.of(keep, self.fingerprint.num_layers, self.view.bridges, head)
+        view = StoredView.of(keep, self.fingerprint.num_layers, self.view.bridges, head, self.view.window)
         costs = self.costs and self.costs.model_copy(update={"draft_head": None})
         rows = (head.tokens or 0) * self.fingerprint.hidden_size
         wide = 4 if self.costs and self.costs.dtype == "float32" else 2

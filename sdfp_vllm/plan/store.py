@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sdfp_vllm.errors import PlanError
+from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
+from sdfp_vllm.plan.model_files import asked_revision
 from sdfp_vllm.plan.parcel import BRIDGE_FILE, HEAD_FILE, PLAN_FILE, PlanParcel
 from sdfp_vllm.plan.schema import SCHEMA_VERSION, SkipPlan
 from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
@@ -46,24 +47,27 @@ def save_plan(
     return path
 
 
-def load_parcel(path: str | Path, expected: Fingerprint | None = None) -> PlanParcel:
+def load_parcel(
+    path: str | Path, expected: Fingerprint | None = None, command: str = "sdfp plan MODEL"
+) -> PlanParcel:
     """Reads and validates a plan, and the files beside it, from a plan folder or its plan.json.
 
     Args:
         expected: The served model's fingerprint; a plan for another model is refused.
+        command: What makes a plan for that model.
 
     Raises:
         PlanError: Naming the file, the field and the way out. No other exception leaves here.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / PLAN_FILE
-    plan = read_plan(path, SkipPlan, SCHEMA_VERSION, "sdfp plan MODEL")
+    plan = read_plan(path, SkipPlan, SCHEMA_VERSION, command)
     if expected is not None and (differences := plan.fingerprint.differences(expected)):
         raise PlanError(
             str(path),
             "was made for another model: " + "; ".join(differences),
-            "Make one for this model with `sdfp plan MODEL`, or serve the model the plan names.",
+            f"Make one for this model with `{command}`, or serve the model the plan names.",
         )
     return PlanParcel.read(plan, path.parent)
 
@@ -74,10 +78,20 @@ def load_plan(path: str | Path, expected: Fingerprint | None = None) -> SkipPlan
 
 
 def plans_root() -> Path:
-    """The per-user folder of plans: $SDFP_CACHE_DIR, else $XDG_CACHE_HOME/sdfp, else ~/.cache/sdfp."""
-    if root := os.environ.get("SDFP_CACHE_DIR"):
-        return Path(root) / "plans"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdfp" / "plans"
+    """The per-user folder of plans: $SDFP_CACHE_DIR, else $XDG_CACHE_HOME/sdfp, else ~/.cache/sdfp.
+
+    Raises:
+        SdfpError: If the user has no home folder where one is needed, or another's, into which he may not look.
+    """
+    own = os.environ.get("SDFP_CACHE_DIR")
+    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sdfp"
+    try:
+        root = root.expanduser()
+        (root / "plans").exists()
+    except (RuntimeError, OSError) as e:  # a container's random user, without HOME or with that of root
+        why = "this user has no such home folder" if isinstance(e, RuntimeError) else f"{e.strerror or e}"
+        raise SdfpError(f"cache folder {root}", why, "Set SDFP_CACHE_DIR to a folder of yours.") from e
+    return root / "plans"
 
 
 def default_plan_dir(fp: Fingerprint) -> Path:
@@ -86,18 +100,43 @@ def default_plan_dir(fp: Fingerprint) -> Path:
     return plans_root() / f"v{SCHEMA_VERSION}" / f"{fp.architecture}-{fp.sha256[:16]}"
 
 
-def find_plan(model: str, plan: str | Path | None = None, revision: str | None = None) -> PlanParcel:
+def is_default_plan_dir(folder: Path, fp: Fingerprint) -> bool:
+    """Whether `--speculative-model sdfp` finds the plan in this folder; never without a home folder."""
+    try:
+        return folder.resolve() == default_plan_dir(fp).resolve()
+    except SdfpError:
+        return False
+
+
+def find_plan(
+    model: str,
+    plan: str | Path | None = None,
+    revision: str | None = None,
+    download_dir: str | None = None,
+) -> PlanParcel:
     """Loads the plan at `plan`, or the default one of the model's fingerprint.
+
+    Args:
+        revision, download_dir: Where the engine finds the files of a `model` that is an id (`resolve_model_dir`).
 
     Raises:
         SdfpError: If there is no such model, or no plan (PlanError), or it is damaged or made for another model.
     """
-    target = fingerprint(resolve_model_dir(model, revision))
+    target = fingerprint(resolve_model_dir(model, revision, download_dir))
     folder = default_plan_dir(target) if plan is None else Path(plan)
     if plan is None and not (folder / PLAN_FILE).is_file():
         raise PlanError(
             f"model {model!r}",
             f"has no plan yet (looked for {folder})",
-            f"Make one with `sdfp plan {model}`, or name a plan folder.",
+            f"Make one with `{plan_command(model, model, revision, download_dir)}`, or name a plan folder.",
         )
-    return load_parcel(folder, expected=target)
+    return load_parcel(folder, target, plan_command(model, "MODEL", revision, download_dir))
+
+
+def plan_command(model: str, name: str, revision: str | None, download_dir: str | None) -> str:
+    """The command that plans for the files that `model` leads to, calling it `name`."""
+    if Path(model).is_dir():
+        return f"sdfp plan {name}"
+    cache = f"HF_HUB_CACHE={download_dir} " if download_dir else ""
+    asked = asked_revision(revision)
+    return f"{cache}sdfp plan {name}" + (f" --revision {asked}" if asked else "")

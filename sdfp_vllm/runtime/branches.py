@@ -18,6 +18,8 @@ from sdfp_vllm.plan.keep import Branch, KeepSet
 from sdfp_vllm.runtime.twins import rounded_branch
 
 _NORM = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+# What layers call the modules of their branches; `attn` is gpt-oss's.
+_ATTENTION = ("self_attn", "attn")
 _FEED_FORWARD = ("mlp", "block_sparse_moe")
 
 
@@ -66,7 +68,7 @@ def seen(layer: Any, index: int, view: KeepSet) -> nn.Module:
         norm, module = _parts(layer, index, branch)
         module = _at(module, index, branch, view)
         return AttentionBranch(norm, module) if branch == "attention" else MlpBranch(norm, module)
-    names: dict[Branch, str] = {"attention": "self_attn", "mlp": _feed_forward(layer)}
+    names: dict[Branch, str] = {"attention": _named(layer, _ATTENTION), "mlp": _named(layer, _FEED_FORWARD)}
     changed = {name: _at(getattr(layer, name), index, b, view) for b, name in names.items()
                if view.precision(index, b) != "full"}  # fmt: skip
     if not changed:
@@ -81,13 +83,13 @@ def _at(module: nn.Module, index: int, branch: Branch, view: KeepSet) -> nn.Modu
     return module if precision == "full" else rounded_branch(module, index, branch, precision)
 
 
-def _feed_forward(layer: nn.Module) -> str:
-    return next((name for name in _FEED_FORWARD if name in layer._modules), "mlp")
+def _named(layer: nn.Module, names: tuple[str, ...]) -> str:
+    return next((name for name in names if name in layer._modules), names[0])
 
 
 def _parts(layer: Any, index: int, branch: Branch) -> tuple[nn.Module, nn.Module]:
     """Norm and module of a layer's branch."""
-    children, feed_forward = set(layer._modules), _feed_forward(layer)
+    children, feed_forward = set(layer._modules), _named(layer, _FEED_FORWARD)
     if children != {*_NORM.values(), "self_attn", feed_forward}:
         raise SdfpError(
             f"decoder layer {index} ({type(layer).__name__})",

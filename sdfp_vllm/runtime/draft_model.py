@@ -11,30 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.integration.upstream import AttentionLayerBase, VllmConfig, support_torch_compile
 from sdfp_vllm.plan.bridge import Bridge
+from sdfp_vllm.plan.families import Call
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import DraftView
 from sdfp_vllm.runtime.branches import seen
 from sdfp_vllm.runtime.bridged import BridgeStep, entered_through
-
-
-def decoder_of(target: Any) -> Any:
-    """Returns the module that owns `layers`, `norm` and `embed_input_ids` inside a vLLM causal LM.
-
-    Raises:
-        SdfpError: If `target` is not a uniform decoder stack.
-    """
-    model = target.get_language_model() if hasattr(target, "get_language_model") else target
-    inner = getattr(model, "model", None)
-    if all(hasattr(inner, name) for name in ("layers", "norm", "embed_input_ids")):
-        return inner
-    raise SdfpError(
-        f"model {type(target).__name__}",
-        "is not a stack of decoder layers SDFP can reach (model.layers, model.norm, model.embed_input_ids)",
-        "Serve it without SDFP; docs/limits.md lists the architectures that work.",
-    )
+from sdfp_vllm.runtime.reach import OwnForward, decoder_of
 
 
 def attention_names(layer: nn.Module) -> list[str]:
@@ -50,12 +34,14 @@ class SkipDraftModel(nn.Module):
     (branch output, residual) pair of the last kept one: no work is left where layers were; the same
     goes for a dropped branch of a layer. Where
     the plan has a bridge over a run of dropped layers, whatever comes next (a kept layer or the
-    final norm) is entered through it.
+    final norm) is entered through it. A family whose layers are not called that way is run by its decoder's own
+    forward over fewer layers (`OwnForward`).
 
     Args:
         view: What runs and at which precision; a keep set runs at full precision.
         bridges: By (first, last) dropped layer; on the target's device, in its dtype.
         head: Stands in for the target's `compute_logits`.
+        call: How the target's layers are run (`plan/families.py`); bridges need them one by one.
     """
 
     def __init__(
@@ -67,14 +53,20 @@ class SkipDraftModel(nn.Module):
         view: KeepSet | Iterable[int],
         bridges: Mapping[tuple[int, int], Bridge] | None = None,
         head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        call: Call = "layers",
     ):
         super().__init__()
         decoder = decoder_of(target)
+        self._head: Callable[[torch.Tensor], torch.Tensor] = head or target.compute_logits
+        view = DraftView.of(view)
+        touched = view.touched()
+        self.own: OwnForward | None = None
+        if call == "forward":
+            self.own = OwnForward(decoder, {i: seen(decoder.layers[i], i, view) for i in touched})
+            return
         into = {last + 1: bridge for (_, last), bridge in (bridges or {}).items()}
         # Plain attributes of registered modules: parameters() lists the target's own tensors.
         self._embed: Callable[[torch.Tensor], torch.Tensor] = decoder.embed_input_ids
-        view = DraftView.of(view)
-        touched = view.touched()
         first = touched[0]
         steps: list[nn.Module] = [BridgeStep(into[first])] if first in into else []
         for i in touched:
@@ -85,10 +77,11 @@ class SkipDraftModel(nn.Module):
         if len(decoder.layers) in into:
             *before, self.norm = entered_through(into[len(decoder.layers)], decoder.norm)
             self.kept.extend(before)
-        self._head: Callable[[torch.Tensor], torch.Tensor] = head or target.compute_logits
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Maps int32 `input_ids` [T] at int64 `positions` [T] to final hidden states [T, hidden]."""
+        if self.own is not None:
+            return self.own(input_ids, positions)
         hidden = self._embed(input_ids)
         residual: torch.Tensor | None = None
         for layer in self.kept:

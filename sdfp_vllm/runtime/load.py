@@ -15,8 +15,9 @@ from sdfp_vllm.integration.upstream import (
     set_model_tag,
 )
 from sdfp_vllm.plan.view import DraftView
-from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names, decoder_of
+from sdfp_vllm.runtime.draft_model import SkipDraftModel, attention_names
 from sdfp_vllm.runtime.head import draft_head, padded
+from sdfp_vllm.runtime.reach import call_of, decoder_of
 from sdfp_vllm.runtime.twins import copies_of
 
 logger = init_logger(f"vllm.{__name__}")
@@ -30,13 +31,22 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
     SdfpConfig.
 
     Raises:
-        SdfpError: If a kept layer does not exist, has no attention, or reads another layer's K/V; if
-            nothing kept attends, or a layer's branch cannot run by itself; or if a branch that the plan rounds
-            has no rounded copy.
+        SdfpError: If the target's layers cannot be reached; if a kept layer does not exist, has no attention, or reads
+            another layer's K/V; if nothing kept attends, or a layer's branch cannot run by itself; or if a branch
+            that the plan rounds has no rounded copy.
     """
     config: Any = vllm_config.speculative_config
     view: DraftView = config.view
-    layers = decoder_of(target).layers
+    decoder = decoder_of(target)
+    layers, architecture = decoder.layers, vllm_config.model_config.architecture
+    call = call_of(architecture, decoder)
+    if call == "forward" and (view.partial or config.parcel.bridges()):
+        raise SdfpError(
+            f"plan {config.model}",
+            f"has {'single branches' if view.partial else 'bridges'}, and {architecture} runs its layers by its own "
+            "forward, which has room for neither",
+            "Make a plan with `sdfp plan MODEL --bridge none --selector fit`.",
+        )
     drafting = _attending(vllm_config, layers, view)
     if not drafting:
         raise SdfpError(
@@ -59,6 +69,7 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
             view=view,
             bridges=bridges,
             head=padded(head or target.compute_logits, rows) if rows else head,  # type: ignore[arg-type]
+            call=call,
         )
     copies = copies_of(draft) + (head.nbytes if head else 0)
     logger.info(
@@ -70,7 +81,7 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
         view.size,
         len(layers),
         len(bridges),
-        view,
+        f"{view}; attention to {window}" if (window := config.plan.view.window) else view,
         head.describe() if head else "all logits",
         copies / 1e6,
         copies // max(1, kv_bytes_per_token(vllm_config)),

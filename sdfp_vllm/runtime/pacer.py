@@ -181,12 +181,16 @@ class Pacer:
 
     @staticmethod
     def _context(batch: Any, i: int, verified: Verified) -> np.ndarray:
-        """Every token of request i up to the one just sampled; the batch holds those up to the last step's."""
+        """Every token of request i up to the one just sampled; the batch holds those up to the last step's.
+
+        A prompt of embeddings has no ids, and what the batch holds in their place was somebody else's.
+        """
         known = int(batch.num_tokens_no_spec[i])
+        begin = int(batch.num_prompt_tokens[i]) if i in batch.req_prompt_embeds else 0
         accepted = verified.accepted[i]
         end = verified.positions[i][0] + accepted + 1  # tokens before the one just sampled
         new = verified.tokens[i][accepted + 1 - (end - known) : accepted + 1] if end > known else []
-        return np.concatenate([batch.token_ids_cpu[i, : min(known, end)], [*new, verified.sampled[i]]])
+        return np.concatenate([batch.token_ids_cpu[i, begin : min(known, end)], [*new, verified.sampled[i]]])
 
     def _settle(self, ids: Sequence[str], verified: Verified) -> bool:
         """Tells the policy what became of the last round; whether all that was just verified was of that round."""

@@ -14,11 +14,13 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from sdfp_vllm.integration.compat import drafting_metadata
 from sdfp_vllm.integration.upstream import (
     AttentionGroup,
     AttentionLayerBase,
@@ -35,9 +37,13 @@ from sdfp_vllm.integration.upstream import (
 )
 from sdfp_vllm.pacing.policy import DraftPolicy
 from sdfp_vllm.pacing.record import Pacing
+from sdfp_vllm.plan.window import DraftWindow
 from sdfp_vllm.runtime.draft_sampling import cut, draw, tempered
 from sdfp_vllm.runtime.load import load_draft
 from sdfp_vllm.runtime.pacer import GREEDY_BELOW, DraftStep, Pacer, Verified
+from sdfp_vllm.runtime.window import WindowedMetadata, narrowed_layers, reaches
+
+_EMBEDDED = SimpleNamespace(get_token_id=lambda index: 0)
 
 
 class SdfpProposer(DraftModelProposer):
@@ -52,6 +58,8 @@ class SdfpProposer(DraftModelProposer):
         self._slots: dict[int, torch.Tensor] = {}
         self._step_rows: list[int] = vllm_config.speculative_config.step_rows  # type: ignore[union-attr]
         self.pacer: Pacer | None = None
+        self.window: DraftWindow | None = vllm_config.speculative_config.plan.view.window  # type: ignore[union-attr]
+        self._narrowed: set[str] = set()  # attention layers that read through the window
 
     # ------------------------------------------------------------ set-up
     def load_model(self, target_model: nn.Module) -> None:
@@ -67,7 +75,8 @@ class SdfpProposer(DraftModelProposer):
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
     ) -> None:
-        """Makes attention metadata builders for the kept layers, per KV cache group and backend."""
+        """Makes attention metadata builders for the kept layers, per KV cache group, backend and window."""
+        self._narrowed = narrowed_layers(self.window, self.vllm_config, self._draft_attn_layer_names)
         attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
         groups: dict[tuple, AttentionGroup] = {}
         for gid, group in enumerate(kv_cache_config.kv_cache_groups):
@@ -80,7 +89,7 @@ class SdfpProposer(DraftModelProposer):
                 if isinstance(spec, UniformTypeKVCacheSpecs):
                     spec = spec.kv_cache_specs[name]
                 backend = attention[name].get_attn_backend()
-                key = (gid, backend.full_cls_name(), spec)
+                key = (gid, backend.full_cls_name(), spec, name in self._narrowed)
                 if key in groups:
                     groups[key].layer_names.append(name)
                     continue
@@ -118,6 +127,22 @@ class SdfpProposer(DraftModelProposer):
         self._forward(None, slots or slot_mappings or {}, padded, mode, across_dp)
 
     # ------------------------------------------------------------ drafting
+    def prepare_next_token_ids_padded(
+        self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upstream's, for batches with prompts of embeddings too: such a prompt's last token has no id to ask for.
+
+        The id asked for stands in for the next token of a request in the middle of its prefill, whose drafts are
+        thrown away.
+        """
+        known = {
+            name: requests[name] if requests[name].prompt_token_ids is not None else _EMBEDDED
+            for name in gpu_input_batch.req_ids
+        }
+        return super().prepare_next_token_ids_padded(
+            sampled_token_ids, known, gpu_input_batch, discard_request_mask
+        )
+
     def propose(  # type: ignore[override]  # the runner takes lists as well
         self,
         num_speculative_tokens: int,
@@ -194,17 +219,10 @@ class SdfpProposer(DraftModelProposer):
         if mode == CUDAGraphMode.NONE and batch <= len(self._step_rows):
             padded = max(padded, self._step_rows[batch - 1])
         slots = self._slots_by_layer(padded)
+        windows = self._windows(groups)
         for index in itertools.count(1):
             positions = self._advance(groups, positions, batch, padded)
-            metadata = {
-                name: built
-                for gid, of_group in groups.items()
-                for group in self._by_gid[gid]
-                for built in [
-                    group.build_metadata_for_drafting(common_attn_metadata=of_group, draft_index=index)
-                ]
-                for name in group.layer_names
-            }
+            metadata = self._step_metadata(groups, windows, index)
             self.input_ids[:batch] = tokens
             hidden = self._forward(metadata, slots, padded, mode, across_dp)[:batch]
             if with_confidence:
@@ -278,6 +296,29 @@ class SdfpProposer(DraftModelProposer):
             )
             for gid in self._by_gid
         }
+
+    def _windows(self, groups: dict[int, CommonAttentionMetadata]) -> dict[int, WindowedMetadata]:
+        """What layers that read through the window get instead, by KV cache group; empty where none has a gap."""
+        return {
+            gid: WindowedMetadata(self.window, cad, self.runner.input_batch.block_table[gid].block_size)
+            for gid, cad in groups.items()
+            if self.window is not None and reaches(self.window, cad.max_seq_len)
+        }
+
+    def _step_metadata(
+        self,
+        groups: dict[int, CommonAttentionMetadata],
+        windows: dict[int, WindowedMetadata],
+        index: int,
+    ) -> dict[str, Any]:
+        """What the attention of draft step `index` (from 1) is run with, by layer name."""
+        metadata: dict[str, Any] = {}
+        for gid, cad in groups.items():
+            for group in self._by_gid[gid]:
+                narrowed = gid in windows and group.layer_names[0] in self._narrowed
+                seen = windows[gid].at(cad, index) if narrowed else cad
+                metadata |= dict.fromkeys(group.layer_names, drafting_metadata(group, seen, index))
+        return metadata
 
     def _advance(
         self, groups: dict[int, CommonAttentionMetadata], positions: torch.Tensor, batch: int, padded: int

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdfp_vllm.integration.upstream import init_logger
 from sdfp_vllm.integration.upstream_v2 import (
     CUDAGraphMode,
     DPSyncState,
@@ -25,9 +26,13 @@ from sdfp_vllm.integration.upstream_v2 import (
 )
 from sdfp_vllm.kernels.draft_begin import draft_begin
 from sdfp_vllm.kernels.draft_step import KvSlots
+from sdfp_vllm.plan.window import DraftWindow
 from sdfp_vllm.runtime.draft_graphs import DraftGraphManager
 from sdfp_vllm.runtime.draft_steps import DraftSteps
 from sdfp_vllm.runtime.load import load_draft
+from sdfp_vllm.runtime.window import gaps, longest_seen, narrowed_layers, reaches, without_gaps
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class SdfpSpeculator(DraftSteps):
@@ -36,6 +41,7 @@ class SdfpSpeculator(DraftSteps):
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         super().__init__(vllm_config, device)
         self._drafting: set[str] = set()
+        self.window: DraftWindow | None = vllm_config.speculative_config.plan.view.window  # type: ignore[union-attr]
 
     # ------------------------------------------------------------ set-up
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -61,6 +67,22 @@ class SdfpSpeculator(DraftSteps):
             tuple(self.block_tables.block_sizes),
             self.block_tables.slot_mappings,
         )
+        self._check_window()
+
+    def _check_window(self) -> None:
+        """Drops the window where not all attention of the draft can be narrowed alike: this runner's draft steps have
+        one sequence length per request, whatever the layer."""
+        groups = [gid for gid, of_gid in enumerate(self.attn_groups) if of_gid]
+        narrowed = narrowed_layers(self.window, self.vllm_config, self._drafting)
+        if len(groups) == 1 and narrowed == self._drafting:
+            return
+        if narrowed:
+            logger.warning(
+                "Drafts attend to the whole context, not to %s: not all of their attention layers can be narrowed alike, "
+                "and the V2 model runner cannot narrow some of them. VLLM_USE_V2_MODEL_RUNNER=0 can.",
+                self.window,
+            )
+        self.window = None
 
     def _configure_decode_metadata_update(self) -> None:
         # Upstream has nothing to update at one draft token, its first being a prefill; here it is a decode.
@@ -132,8 +154,8 @@ class SdfpSpeculator(DraftSteps):
         k = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         if k == 0:
             return self.draft_tokens[:num_reqs].fill_(-1)
-        longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
-        self.draft_max_seq_len = min(longest + k, self.max_model_len)
+        upper = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
+        longest = int(upper.max())
         self._begin(
             num_reqs,
             input_batch,
@@ -144,6 +166,8 @@ class SdfpSpeculator(DraftSteps):
             seeds,
             dummy_run=dummy_run,
         )
+        longest = self._narrow(num_reqs, longest)
+        self.draft_max_seq_len = min(longest + k, self.max_model_len)
 
         sync, num_tokens = None, num_reqs
         if dp_sync_state is not None:
@@ -168,10 +192,33 @@ class SdfpSpeculator(DraftSteps):
             dummy_run and skip_attn_for_dummy_run,
             batch,
             sync.num_tokens_across_dp if sync is not None else None,
-            input_batch.seq_lens_cpu_upper_bound,
+            upper.clamp_max(longest),
             k,
         )
         return self.draft_tokens[:num_reqs]
+
+    def _narrow(self, num_reqs: int, longest: int) -> int:
+        """Takes what the window leaves out of the round's block table and sequence lengths.
+
+        In place: captured graphs read both where they are. The runner gathers the table anew for each step of the
+        target's, and slots are computed from the tables by request state.
+
+        Args:
+            longest: Tokens of the longest context, or more.
+
+        Returns:
+            The same of what is left.
+        """
+        if self.window is None or not reaches(self.window, longest):
+            return longest
+        (gid,) = {g.kv_cache_group_id for of_gid in self.attn_groups for g in of_gid}
+        size = self.block_tables.block_sizes[gid]
+        table = self.block_tables.input_block_tables[gid][:num_reqs]
+        seq_lens = self.input_buffers.seq_lens[:num_reqs]
+        gap = gaps(self.window, seq_lens - 1, size)  # the first draft's token is counted already
+        table.copy_(without_gaps(self.window, table, gap, size))
+        seq_lens -= gap * size
+        return min(longest, longest_seen(self.window, size))
 
     def _begin(
         self,

@@ -52,8 +52,9 @@ def build(args: ServingArgs, num_replicas: int | None = None) -> Application:
     """
     from sdfp_vllm.integration.openai_app import serve_arguments
 
-    plan = find_plan(args.model, args.plan or None)
-    gpus = serve_arguments(args.model, args.engine).tensor_parallel_size
+    flags = serve_arguments(args.model, args.engine)
+    plan = find_plan(args.model, args.plan or None, flags.revision, flags.download_dir)
+    gpus = flags.tensor_parallel_size
     scaling: dict[str, Any] = (
         {"num_replicas": num_replicas} if num_replicas else {"autoscaling_config": _SCALING}
     )

@@ -16,7 +16,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 # Of a request that no replica has answered a byte of; then the client is told.
 ATTEMPTS = 3
-_SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "server")
+# What an engine replica gets to know of a request. `path` begins with `root_path`, the application's route prefix.
+_SCOPE = (
+    "type", "http_version", "method", "scheme", "root_path", "path", "raw_path", "query_string", "headers", "server",
+)  # fmt: skip
 
 Message = dict[str, Any]
 
@@ -30,7 +33,7 @@ class Gateway:
     async def __call__(self, request: Request) -> Response:
         """Relays one request. Tried again on another replica until a byte of the answer has come."""
         scope = {key: request.scope[key] for key in _SCOPE if key in request.scope}
-        scope |= {"asgi": {"version": "3.0"}, "root_path": "", "client": tuple(request.client or ("", 0))}
+        scope |= {"asgi": {"version": "3.0"}, "client": tuple(request.client or ("", 0))}
         body = await request.body()
         for _ in range(ATTEMPTS):
             answer: Any = self._engines.relay.remote(scope, body)

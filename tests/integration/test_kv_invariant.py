@@ -99,8 +99,9 @@ def arrivals(batch) -> list[Arrival]:
     return [Arrival(f"r{i}", p, 2 * i, None, {"max_tokens": MAX_TOKENS}) for i, p in enumerate(batch)]
 
 
-def check_run(target, plan, batch, reference, **settings) -> Checker:
-    with engine(target, {"method": "sdfp", "model": plan}, **{**SETTINGS, **settings}) as llm:
+def check_run(target, plan, batch, reference, window="none", **settings) -> Checker:
+    speculative = {"method": "sdfp", "model": plan, "window": window}
+    with engine(target, speculative, **{**SETTINGS, **settings}) as llm:
         checker = Checker(llm, reference)
         answers = play(llm, arrivals(batch), checker)
         assert answers == {f"r{i}": reference[tuple(p)].ids[len(p) :] for i, p in enumerate(batch)}
@@ -150,6 +151,13 @@ def test_prefix_cached_blocks_hold_the_targets_kv(target, plan, batch, reference
     assert checker.published["blocks"] > 20
     assert checker.published["bad"] == 0
     assert checker.published["bit_equal"] == checker.published["blocks"] or not exact
+
+
+def test_drafts_that_read_a_window_write_where_others_do(target, plan, batch, reference):
+    """Their block table is edited; the slots they write are not taken from it."""
+    checker = check_run(target, plan, batch, reference, window=20, enable_prefix_caching=True)
+    assert checker.violations == [] and checker.published["blocks"] > 20 and checker.published["bad"] == 0
+    assert sum(checker.drafted) > 0.95 * len(checker.drafted)
 
 
 def test_under_preemption(target, plan, batch, reference):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from engines import pacing_by_hand, write_plan
 
 from sdfp_vllm.measure import EngineSpec, Turn, run_engines
 
 pytestmark = pytest.mark.engine
 
 
-def test_engines_take_turns_until_told_to_stop(target, plan, prompts):
+def test_engines_take_turns_until_told_to_stop(target, kept, prompts, tmp_path):
+    """Sampled requests are paced as users' are: they get no seed that nobody asked for."""
+    plan = write_plan(target, tmp_path, kept, k=3, pacing=pacing_by_hand())
     turns = [Turn(prompts=[p[:32]], max_tokens=4 + i) for i, p in enumerate(prompts[:4])]
+    sampled = Turn(prompts=[prompts[0][:32]], max_tokens=8, temperature=0.8)
     common = dict(
         model=str(target),
         warm_up=prompts[0][:8],
@@ -21,7 +25,7 @@ def test_engines_take_turns_until_told_to_stop(target, plan, prompts):
     drafting = {"method": "sdfp", "model": plan}
     specs = [
         EngineSpec(turns=turns, **common),
-        EngineSpec(turns=turns[:1], speculative=drafting, **common),
+        EngineSpec(turns=[sampled], speculative=drafting, ignore_eos=True, **common),
         EngineSpec(turns=turns, speculative=drafting, **common),
     ]
     steps, asked = [], []
@@ -36,5 +40,5 @@ def test_engines_take_turns_until_told_to_stop(target, plan, prompts):
     assert [len(m.turns) for m in (plain, short, drafted)] == [2, 1, 2]
     assert [len(t.token_ids[0]) for t in plain.turns] == [4, 5]
     assert [t.token_ids for t in drafted.turns] == [t.token_ids for t in plain.turns]
-    assert short.turns[0].token_ids == plain.turns[0].token_ids
+    assert len(short.turns[0].token_ids[0]) == 8 and short.turns[0].paced
     assert drafted.whole.rounds > 0 == plain.whole.rounds

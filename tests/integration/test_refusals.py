@@ -96,6 +96,11 @@ def test_the_same_command_without_a_mistake_is_taken(model, its_plan):
         ),
         (["--kv-offloading-size", "1"], "--kv-offloading-size", "Leave it out"),
         (["--enable-lora"], "--enable-lora", "Merge the adapter"),
+        (["--enable-return-routed-experts"], "--enable-return-routed-experts", "Leave it off"),
+        (["--offload-group-size", "2"], "--offload-group-size", "--cpu-offload-gb"),
+        (["--offload-backend", "prefetch"], "--offload-group-size", "--cpu-offload-gb"),
+        (["--ubatch-size", "2"], "--enable-dbo", "Leave both out"),
+        (["--runner", "pooling"], "--runner", "without SDFP"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
 )
@@ -124,10 +129,26 @@ def test_feature_that_the_cpu_platform_refuses_by_itself(asked, flag):
     assert caught.value.where == flag
 
 
+def test_watermarks_are_refused_by_vllm(model, its_plan):
+    with pytest.raises(ValueError, match="only autoregressive model-based"):
+        configure(model, "--speculative-model", its_plan, "--watermark-config", '{"key": 1}')
+
+
+def test_logits_processors_are_refused_by_vllm(target, plan):
+    processors = ["vllm.v1.sample.logits_processor:MinPLogitsProcessor"]
+    speculative = {"method": "sdfp", "model": plan}
+    with (
+        pytest.raises(ValueError, match="speculative decoding"),
+        engine(target, speculative, logits_processors=processors),
+    ):
+        pass
+
+
 # ---------------------------------------------------------------- models
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
+        (dict(canvas_length=8), "generates by denoising"),
         (dict(is_encoder_decoder=True), "is an encoder-decoder model"),
         (
             dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
@@ -157,7 +178,7 @@ def test_feature_that_the_cpu_platform_refuses_by_itself(asked, flag):
             "has layers with recurrent state",
         ),
     ],
-    ids=["encoder-decoder", "mrope", "mamba", "hybrid"],
+    ids=["diffusion", "encoder-decoder", "mrope", "mamba", "hybrid"],
 )
 def test_model(target, tmp_path, changes, why):
     other = model_folder(tmp_path / "model", target, **changes)
@@ -241,6 +262,10 @@ def test_setting_without_a_meaning(model, its_plan, name):
         ("enforce_eager", "perhaps"),
         ("precision", "int8"),
         ("precision", None),
+        ("window", 0),
+        ("window", "wide"),
+        ("window", True),
+        ("window", None),
         ("model", 7),
     ],
 )

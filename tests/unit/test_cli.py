@@ -16,6 +16,7 @@ from sdfp_vllm.plan.fingerprint import Fingerprint
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.schema import Candidate, Prediction, Provenance, SkipPlan, StoredView
 from sdfp_vllm.plan.store import save_plan
+from sdfp_vllm.plan.window import DraftWindow
 
 KEEP = KeepSet((0, 3))
 
@@ -147,3 +148,10 @@ def test_show_tells_single_branches(sdfp, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "<tr class=kept><td>2<td>attention<td>" in page and "<tr class=kept><td>3<td>MLP<td>" in page
     assert "<tr class=kept><td>1 + 1 attention + 1 MLP<td>2<td>" in page
+
+
+def test_show_tells_how_much_of_a_context_drafts_attend_to(sdfp, tmp_path):
+    save_plan(make(), tmp_path)
+    assert "attention of drafts" not in sdfp("show", tmp_path).output
+    save_plan(make(view=stored(KeepSet((0, 3)), window=DraftWindow(last=1024))), tmp_path)
+    assert "to the first 4 and the last 1,024 tokens of a context" in sdfp("show", tmp_path).output

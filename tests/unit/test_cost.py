@@ -184,7 +184,7 @@ def test_every_precision_asked_for_is_measured_where_there_is_something_to_round
     measured = measure_costs(stack, precisions=precisions, context=8, max_rows=2, batch_rows=(), seconds=0)
     columns = measured.attention, measured.mlp, measured.head
     assert all(list(column) == ["full", "int8"] and min(column["int8"]) > 0 for column in columns)
-    experts = architecture in ("mixtral", "qwen3_moe")
+    experts = architecture in ("gpt_oss", "mixtral", "qwen3_moe")
     assert (
         measured.mlp["int8"] == measured.mlp["full"]
     ) == experts  # they run as they are, and cost what they do

@@ -8,14 +8,14 @@ import torch
 from tiny_pipelines import KINDS, tiny_sampler
 
 from sdfp_vllm.dipgo import learn
-from sdfp_vllm.dipgo.job import SearchOptions, check, find, task_of
+from sdfp_vllm.dipgo.job import _JUDGE, _JUDGES, SearchOptions, check, find, task_of
 from sdfp_vllm.dipgo.layout import layout_of
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
 from sdfp_vllm.dipgo.macs import count_macs
 from sdfp_vllm.dipgo.objective import consistency
 from sdfp_vllm.dipgo.pruner import Pruner, straight_through
 from sdfp_vllm.dipgo.quality import psnr, ssim
-from sdfp_vllm.dipgo.refine import evenly, greedy, log_error, path, refine, slide, slides
+from sdfp_vllm.dipgo.refine import evenly, greedy, likeness, log_error, path, refine, slide, slides, surest
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.dipgo.supernet import SuperNet
 from sdfp_vllm.dipgo.surrogate import record
@@ -228,7 +228,7 @@ def test_greedy_refinement_and_choice_keep_to_the_budget_and_improve():
     bad = np.ones_like(gates)
     bad[1:3] = False  # the noisiest calls, where reuse hurts most
     assert task.fits(bad) and surrogate.loss(bad) > surrogate.loss(gates)
-    better = refine(task, bad, SEEDS, full, rounds=2, projections=4)
+    *_, better = refine(task, bad, SEEDS, full, SEEDS, full, rounds=2, projections=4)
     assert log_error(task.run(better, SEEDS), full) < log_error(task.run(bad, SEEDS), full)
     assert task.fits(better)
 
@@ -296,3 +296,30 @@ def test_quality_measures():
     assert psnr(off, image).tolist() == pytest.approx(expected.tolist())
     assert (ssim(torch.rand(2, 1, 16, 16) * 2 - 1, image) < 0.5).all()
     assert ssim(image[:, :, :8, :8], image[:, :, :8, :8]).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_more_rounds_never_end_worse_on_images_that_no_gate_was_chosen_on():
+    ends = []
+    for rounds in (0, 1, 3):
+        sampler = tiny_sampler("dit", steps=6)
+        options = SearchOptions(steps=6, budget=0.5, images=2, rounds=rounds)
+        with stages(None) as progress:
+            found = find(sampler, options, progress)
+        judges = [_JUDGE + i for i in range(_JUDGES * options.images)]
+        full = sampler.decode(sampler.latents(judges))
+        ends.append(likeness(found.task, found.gates, judges, full).mean().item())
+    assert ends == sorted(ends)
+
+
+def test_gates_that_fit_the_images_they_were_chosen_on_are_not_believed():
+    sampler = tiny_sampler("dit", steps=6)
+    task = task_of(sampler, "block", "residual", 0, 0.5)
+    judges = [31, 32, 33, 34]
+    with torch.no_grad():
+        full = sampler.decode(sampler.latents(judges))
+    draw = [some_gates(sampler, task.layout, seed) for seed in range(6)]
+    line = sorted(draw, key=lambda g: -likeness(task, g, judges, full).mean())
+    assert (surest(task, line, judges, full) == line[0]).all()  # every one is worse than the one before
+    best = surest(task, line[::-1], judges, full)
+    reached = [likeness(task, g, judges, full).mean() for g in (best, line[-1])]
+    assert reached[0] > reached[1]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_config, tiny_ids, tiny_model
+from tiny_models import ALL_ARCHITECTURES, ARCHITECTURES, LONE_BRANCHES, tiny_config, tiny_ids, tiny_model
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -52,6 +52,15 @@ def test_all_layers_kept_is_the_model(architecture):
         assert torch.equal(stack.logits(ids), expected)
 
 
+@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
+def test_scaled_logits_of_the_head_are_the_models(architecture):
+    model, ids = tiny_model(architecture), tiny_ids()
+    stack = DecoderStack(model)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(stack.scaled(stack.head(hidden)), model(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("keep", [[0, 3], [1, 2], [3], [1], []])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_subset_equals_a_model_built_with_only_those_layers(architecture, keep):
@@ -86,7 +95,7 @@ def test_subset_equals_a_llama_made_from_a_smaller_config():
         torch.testing.assert_close(DecoderStack(model).logits(ids, keep=[1, 3]), built(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LONE_BRANCHES)
 def test_a_lone_branch_adds_what_it_adds_and_the_other_nothing(architecture):
     """The reference is the whole model with the outputs of the branches left out set to zero."""
     model = tiny_model(architecture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("ray.serve")
 
 from ray.exceptions import ActorDiedError
 from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
@@ -41,6 +43,7 @@ class Replicas:
 
     def remote(self, scope, body):
         self.seen.append((scope["path"], scope["query_string"], body))
+        self.scope = scope
         return Answer(self.messages, next(self.deaths, None))
 
 
@@ -63,9 +66,11 @@ class Answer:
         pass
 
 
-def post(replicas: Replicas):
+def post(replicas: Replicas, prefix: str = ""):
+    """As Ray Serve calls it: `path` whole, and the application's route prefix in `root_path`."""
     app = Starlette(routes=[Route("/{path:path}", Gateway(replicas).__call__, methods=["POST"])])
-    return TestClient(app).post("/v1/completions?a=1", content=b'{"prompt": "x"}')
+    client = TestClient(app, root_path=prefix)
+    return client.post(f"{prefix}/v1/completions?a=1", content=b'{"prompt": "x"}')
 
 
 @pytest.mark.parametrize("deaths", [[], [0], [1], [0, 1]])
@@ -75,6 +80,29 @@ def test_before_a_byte_is_answered_another_replica_takes_over(deaths):
     assert response.status_code == 200 and response.content == b"".join(EVENTS)
     assert response.headers["content-type"].startswith("text/event-stream")
     assert replicas.seen == [("/v1/completions", b"a=1", b'{"prompt": "x"}')] * (len(deaths) + 1)
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm", "/a/b"])
+def test_a_replicas_app_finds_its_routes_under_a_route_prefix(prefix):
+    replicas = Replicas([])
+    assert post(replicas, prefix).status_code == 200
+    app = Starlette(
+        routes=[Route("/v1/completions", lambda r: PlainTextResponse(str(r.url)), methods=["POST"])]
+    )
+    sent: list[dict] = []
+
+    async def answer():
+        async def receive():
+            return {"type": "http.request", "body": b""}
+
+        async def send(message):
+            sent.append(message)
+
+        await app(dict(replicas.scope), receive, send)
+
+    asyncio.run(answer())
+    assert sent[0]["status"] == 200
+    assert sent[1]["body"].decode() == f"http://testserver{prefix}/v1/completions?a=1"
 
 
 def test_a_stream_that_breaks_off_says_so():

@@ -38,9 +38,11 @@ from sdfp_vllm.plan.schema import (
     SkipPlan,
     Speeds,
     StoredView,
+    WindowTried,
 )
 from sdfp_vllm.plan.store import default_plan_dir, load_plan, save_plan
 from sdfp_vllm.plan.view import DraftView
+from sdfp_vllm.plan.window import DraftWindow
 
 LAYERS = 4
 VIEW = DraftView.at(KeepSet((0, 3)), {("attention", 0): "int8", ("mlp", 3): "int8"})
@@ -130,7 +132,12 @@ def bridged_and_restricted() -> tuple[SkipPlan, bytes, bytes]:
     runs = [BridgeRun(first=1, last=2, regularisation=0.1, error=0.5)]
     bridges, tensors = pack_bridges(runs, {(1, 2): Bridge(torch.ones(8))})
     head, tokens = pack_head(torch.tensor([0, 3, 15]), coverage=0.75, precision="int8")
-    return make_plan(view=stored(VIEW, bridges=bridges, head=head)), tensors, tokens
+    view = stored(VIEW, bridges=bridges, head=head, window=DraftWindow(last=1024))
+    tried = [
+        WindowTried(context=4096, last=last, tokens_per_second=9.0, acceptance_rate=0.5)
+        for last in (None, 1024)
+    ]
+    return make_plan(view=view, windows=tried), tensors, tokens
 
 
 @pytest.fixture
@@ -181,9 +188,10 @@ def test_plans_of_single_branches(folder):
 def test_what_is_left_out_has_a_value_that_says_so(folder):
     """Costs, chances and check are optional; without a head it is the target's own."""
     optional = ("costs", "chances", "check", "extra_bytes", "draft_tokens_by_batch")
-    edit(folder, view__head=..., view__bridges=..., **dict.fromkeys(optional, ...))
+    edit(folder, view__head=..., view__bridges=..., view__window=..., **dict.fromkeys(optional, ...))
     plan = load_plan(folder)
     assert plan.view.head == DraftHead() and plan.view.bridges is None and plan.extra_bytes == 0
+    assert plan.view.window is None
     assert plan.costs is plan.chances is plan.check is plan.pacing is None
     assert plan.promised_speedup == plan.prediction.speedup == 1.4
     assert make_plan().promised_speedup == pytest.approx(14 / 10)  # where it was measured, the measurement
@@ -209,6 +217,7 @@ def test_the_same_plan_without_rounded_copies():
     assert full.extra_bytes == plan.view.head.tokens * plan.fingerprint.hidden_size * wide > 0
     assert full.used_precisions() == {"full"} and plan.used_precisions() == {"full", "int8"}
     assert full.view.bridges == plan.view.bridges
+    assert full.view.window == plan.view.window == DraftWindow(last=1024)
     assert full.view.head == plan.view.head.model_copy(update={"precision": "full"})
     assert full.pacing is not None and plan.pacing is not None
     assert min(a - b for a, b in zip(full.pacing.draft_ms, plan.pacing.draft_ms, strict=True)) > 0
@@ -283,6 +292,13 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
         ({"view__mlp": "full"}, r"view\.mlp"),
         ({"view__kept_layers": [0]}, r"view\.kept_layers"),
         ({"view__head": None}, r"view\.head"),
+        ({"view__window": 1024}, r"view\.window"),
+        ({"view__window": {"sinks": 4}}, r"view\.window\.last"),
+        ({"view__window": {"last": 0}}, r"view\.window\.last"),
+        ({"view__window": {"last": 1.5}}, r"view\.window\.last"),
+        ({"view__window": {"last": 10**18}}, r"view\.window\.last"),
+        ({"view__window": {"last": 8, "sinks": -1}}, r"view\.window\.sinks"),
+        ({"view__window": {"last": 8, "beyond": -1}}, r"view\.window\.beyond"),
         ({"view__head": {"precision": "int3"}}, r"view\.head\.precision"),
         ({"view__head": {"tokens": 4}}, r"view\.head.*a file with a hash"),
         ({"view__head": {"sha256": "a" * 64}}, r"view\.head.*a file with a hash"),
@@ -339,6 +355,7 @@ def test_failed_write_keeps_the_old_plan(folder, monkeypatch):
         ({"check__engine": "fast"}, "check.engine"),
         ({"check__prompts": 0}, "check.prompts"),
         ({"made__score_text": "other"}, "made.score_text"),
+        ({"windows": [{"context": 1, "last": 0}]}, r"windows\.0\.last"),
         ({"unknown_field": 1}, "unknown_field"),
         ({"fingerprint__sha256": "zz"}, "sha256"),
         ({"fingerprint__num_layers": 10**18}, "num_layers"),  # must not be counted out

@@ -37,8 +37,44 @@ _OWN: dict[str, dict] = {
         "moe_intermediate_size": 8,
         "decoder_sparse_step": 2,
     },
+    # Multipliers far enough from 1 that a draft which leaves one out is another model.
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": False},
+    "gpt_oss": _MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 ARCHITECTURES = sorted(_OWN)
+# gpt-oss's MLP returns its router's scores as well; it drafts with whole layers only.
+LONE_BRANCHES = [a for a in ARCHITECTURES if a != "gpt_oss"]
+# Those that every run of the tests starts engines for; the others have theirs in `make test-all`.
+IN_ENGINE = [a for a in ARCHITECTURES if a != "gpt_oss"]
+# With these they are all of `plan/families.py`.
+_OWN |= {
+    "arcee": {},
+    "ernie4_5": {},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": _MIXED | {"query_pre_attn_scalar": 4, "tie_word_embeddings": True},
+    "glm": {"partial_rotary_factor": 0.5},
+    "hunyuan_v1_dense": {},
+    "nemotron": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"sliding_window": None},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+        "decoder_sparse_step": 1,
+    },
+    "seed_oss": {},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "starcoder2": {"sliding_window": None},
+}
+ALL_ARCHITECTURES = sorted(_OWN)
 
 
 def tiny_config(architecture: str, **changes) -> PretrainedConfig:
