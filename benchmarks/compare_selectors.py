@@ -1,7 +1,7 @@
 """Which way of choosing what drafts is best at equal draft cost, and what each search takes.
 
     python benchmarks/compare_selectors.py MODEL [MODEL ...] [--out benchmarks/results/selectors.json]
-    python benchmarks/compare_selectors.py --table    # of the results, for docs/search.md
+    python benchmarks/compare_selectors.py --table    # of the results, for docs/concepts/search.md
 
 MODEL is a folder, or `demo` for the embedded demo target; `benchmarks/bridges.py --train-plain FOLDER`
 makes a model that nobody taught to skip. A part of the model costs what share of the layers' weights it

@@ -1,4 +1,4 @@
-"""FIT's time on Ray workers against model size and workers: the cost model of docs/scaling.md, and its check.
+"""FIT's time on Ray workers against model size and workers: the cost model of docs/use/scaling.md, and its check.
 
     T = start + load + ceil(N / W) * c * P * L
 

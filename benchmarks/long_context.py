@@ -109,13 +109,12 @@ def main() -> None:
 def _spec(
     model: Path, speculative: dict[str, Any] | None, groups: list[list[list[int]]], asked: argparse.Namespace
 ) -> EngineSpec:
-    """A turn that fills the prefix cache before those that count: two for SDFP, else one."""
-    kinds = (False, True) if (speculative or {}).get("method") == "sdfp" else (None,)
+    """A turn that fills the prefix cache before two that count; copies mean something to SDFP alone."""
     turns = []
     for prompts in groups:
         common = dict(prompts=prompts, batch=len(prompts))
         turns.append(Turn(max_tokens=1, **common))
-        turns += [Turn(max_tokens=asked.tokens, copies=copies, **common) for copies in kinds]
+        turns += [Turn(max_tokens=asked.tokens, copies=copies, **common) for copies in (False, True)]
     room = max(asked.contexts) * max(asked.batches)
     return EngineSpec(
         model=str(model),
@@ -136,13 +135,15 @@ def _spec(
 
 
 def _rows(name: str, cell: Cell, groups: list[int], measured: dict[str, Measurement]) -> list[dict[str, Any]]:
-    """A row for each kind of turn of a method."""
-    kinds = ["", " with copies"] if name.startswith("sdfp") else [""]
-    each = 1 + len(kinds)
-    plain = [measured["plain"].turns[2 * g + 1] for g in groups]
+    """A row for each kind of turn of a method, against plain vLLM's in the same turns."""
+    kinds = {"": [1], " with copies": [2]} if name.startswith("sdfp") else {"": [1, 2]}
     return [
-        _row(name + kind, cell, [measured[name].turns[each * g + 1 + j] for g in groups], plain)
-        for j, kind in enumerate(kinds)
+        _row(
+            name + kind,
+            cell,
+            *([measured[n].turns[3 * g + j] for g in groups for j in of] for n in (name, "plain")),
+        )
+        for kind, of in kinds.items()
     ]
 
 

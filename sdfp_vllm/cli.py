@@ -114,7 +114,9 @@ def plan(
     ] = None,
     window: Annotated[
         str,
-        typer.Option(help="Last tokens of a long context that drafts attend to; none: all of it; auto: what is measured to be fastest."),
+        typer.Option(
+            help="Last tokens of a long context that drafts attend to; none: all of it; auto: what is measured to be fastest."
+        ),
     ] = "none",
     score_text: Annotated[
         str, typer.Option(help="Text for the Fisher traces: own (what the model writes) or corpus.")
@@ -231,7 +233,9 @@ def _plan_path(plan: str, revision: str | None) -> Path:
     from sdfp_vllm.plan.store import default_plan_dir
 
     path = Path(plan)
-    if isfile(path) or isfile(path / PLAN_FILE):  # Path's own raises in a folder into which the user may not look
+    if isfile(path) or isfile(
+        path / PLAN_FILE
+    ):  # Path's own raises in a folder into which the user may not look
         return path
     if isdir(path) and not isfile(path / "config.json"):
         return path  # neither: load_plan names the missing file

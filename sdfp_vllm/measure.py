@@ -65,7 +65,9 @@ class EngineSpec(BaseModel):
     warm_up: list[int] | str
     speculative: dict[str, Any] | None = None  # vLLM's speculative_config
     ignore_eos: bool = False
-    seed: int | None = None  # of the engine and of every request; None for requests without, which alone are paced
+    seed: int | None = (
+        None  # of the engine and of every request; None for requests without, which alone are paced
+    )
     dtype: str = "auto"
     engine: dict[str, Any] = {}  # further arguments of LLM()
     environment: dict[str, str] = {}

@@ -26,8 +26,10 @@ from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.fit.stack import DecoderStack, load_target
 from sdfp_vllm.fit.texts import Texts, own_windows
 from sdfp_vllm.machine import processor
+from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import BRANCHES
+from sdfp_vllm.provenance import weights_of
 from sdfp_vllm.results_file import save_results
 from sdfp_vllm.source_tree import git_sha
 from sdfp_vllm.tokenizer import load_tokenizer
@@ -44,8 +46,9 @@ def main() -> None:
     asked = parser.parse_args()
     console = Console(stderr=True)
     options = PlanOptions(dtype=asked.dtype, sequences=asked.sequences, text_sequences=asked.sequences)
-    texts = Texts.read(options, load_tokenizer(Path(asked.model)))
-    stack = DecoderStack(load_target(asked.model, DTYPES[asked.dtype], options.device))
+    folder = resolve_model_dir(asked.model)
+    texts = Texts.read(options, load_tokenizer(folder))
+    stack = DecoderStack(load_target(folder, DTYPES[asked.dtype], options.device))
     with console.status("The target writes"):
         text = greedy_continuations(
             stack, texts.ask(stack)[: 2 * asked.sequences], options.new_tokens, lambda n: None
@@ -76,7 +79,8 @@ def main() -> None:
             console.print(f"{name:7} {form:9} {rows[-1]['spearman']:+.2f}")
     content: dict[str, Any] = {
         "date": str(date.today()),
-        "model": asked.model,
+        "model": folder.name,
+        "weights": weights_of(asked.model, folder),
         "machine": processor(),
         "git_sha": git_sha(),
         "rows": rows,

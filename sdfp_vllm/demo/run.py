@@ -22,6 +22,7 @@ from sdfp_vllm.demo import picture, report
 from sdfp_vllm.demo.figures import by_kind, overall
 from sdfp_vllm.demo.methods import METHODS, OWN_DTYPE, PAPER, PLAIN, SDFP, can_run, speculative
 from sdfp_vllm.demo.questions import Question, choose
+from sdfp_vllm.demo.smollm2 import NAME as SMOLLM2
 from sdfp_vllm.demo.smollm2 import smollm2
 from sdfp_vllm.engine_memory import fit_together
 from sdfp_vllm.errors import SdfpError
@@ -93,8 +94,9 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
 
     rows = overall(measured, plan)
     kinds = by_kind([q.kind for q in asked], measured)
+    shown = SMOLLM2 if settings.model is None else Path(name).name
     title = (
-        f"{folder.name if settings.model is None else Path(name).name}, {dtype}, "
+        f"{shown}, {dtype}, "
         f"{'eager' if settings.eager else 'compiled'}: {len(asked)} questions x {settings.new_tokens} tokens, greedy, batch 1"
     )
     report.print_rows(console, title, rows)
@@ -116,7 +118,7 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
             "rows": rows,
             "kinds": kinds,
             "engines_took_turns": in_turns,
-            "settings": asdict(settings) | {"model": title.split(",")[0]},
+            "settings": asdict(settings) | {"model": shown, "out": settings.out.name},
             "plan": plan.model_dump(
                 include={"view", "extra_bytes", "num_speculative_tokens", "prediction", "made"}, mode="json"
             )

@@ -53,7 +53,7 @@ def admit(model_dir: Path, options: PlanOptions) -> None:
         raise SdfpError(
             f"model architecture {architecture}",
             "has not been tried with SDFP, so that its plan may be one that no engine can draft with",
-            "Use a model of a family in docs/compatibility.md; or try it with --anyway, which costs the planning at worst.",
+            "Use a model of a family in docs/use/compatibility.md; or try it with --anyway, which costs the planning at worst.",
         )
     if family and family.call == "forward" and options.bridge != "none":
         raise SdfpError(

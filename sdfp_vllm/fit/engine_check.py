@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 import torch
 import transformers
 
 from sdfp_vllm import __version__
+from sdfp_vllm.engine_memory import fit_together
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.progress import Stages
 from sdfp_vllm.fit.prospects import whole_at_lowest
@@ -21,7 +21,6 @@ from sdfp_vllm.fit.search import WORTHWHILE
 from sdfp_vllm.measure import EngineSpec, Measurement, Turn, one_by_one, run_engine, run_engines
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import Fingerprint
-from sdfp_vllm.plan.model_files import weight_files
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.schema import DraftHead, Prediction, Provenance, SkipPlan, Speeds, StoredView
 from sdfp_vllm.plan.store import save_plan
@@ -31,8 +30,6 @@ _PROBED_LAYERS = 8  # as many of the model's layers, with random weights, show w
 _PROBE_TOKENS, _PROBES = 32, 12
 _PROBE_DRAFTS = 2
 _NEW_TOKENS = 40
-_ENGINE_BYTES = 2 << 30  # of an engine beside its weights
-_PACKED = 1.7  # weights and what loading and packing take beside them
 
 
 def engine_is_here() -> bool:
@@ -167,12 +164,12 @@ def with_check(
         specs.append(spec(None, stored, turns))
     with bar.step("Check on the engine", sum(1 + len(s.turns) for s in specs)) as advance:
         try:
-            results = _run(specs, model_dir, plan, lambda: advance(1))
+            results = _run(specs, plan, lambda: advance(1))
         except SdfpError:
             if len(specs) == 2:
                 raise
             # The machine may not run the checkpoint's own dtype: what was asked for is checked all the same.
-            results = _run(specs[:2], model_dir, plan, lambda: advance(1))
+            results = _run(specs[:2], plan, lambda: advance(1))
     plain, ours, *other = results
     alone, copying = (Measurement(**{**dict(ours), "turns": ours.turns[i::2]}) for i in (0, 1))
     whole = alone.whole
@@ -193,21 +190,16 @@ def with_check(
     return plan.model_copy(update={"check": speeds, "worthwhile": worthwhile})
 
 
-def _run(specs: list[EngineSpec], model_dir: Path, plan: SkipPlan, done) -> list[Measurement]:
+def _run(specs: list[EngineSpec], plan: SkipPlan, done: Callable[[], None]) -> list[Measurement]:
     """In turns, where memory holds all engines at once; else one after the other."""
-    stored = sum(f.stat().st_size for f in weight_files(model_dir))
-    needed = (
-        sum(_PACKED * stored * (2 if s.dtype == "float32" else 1) + _ENGINE_BYTES for s in specs)
-        + plan.extra_bytes
-    )
-    if torch.cuda.is_available() or needed > psutil.virtual_memory().available:
-        results = []
-        for s in specs:
-            results.append(run_engine(s))
-            for _ in range(1 + len(s.turns)):
-                done()
-        return results
-    return run_engines(specs, on_step=lambda engine, step: done())
+    if fit_together(specs, plan.extra_bytes):
+        return run_engines(specs, on_step=lambda engine, step: done())
+    results = []
+    for s in specs:
+        results.append(run_engine(s))
+        for _ in range(1 + len(s.turns)):
+            done()
+    return results
 
 
 def engine_settings(positions: int, eager: bool, trust_remote_code: bool) -> dict[str, object]:

@@ -21,7 +21,7 @@ ScoreText = Literal["own", "corpus"]
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user can ask of the job; docs/search.md says what the defaults take.
+    """What the user can ask of the job; docs/concepts/search.md says what the defaults take.
 
     Attributes:
         revision: Branch, tag or commit of a model that is an id; None for the hub's default.

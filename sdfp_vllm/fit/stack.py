@@ -246,7 +246,7 @@ class DecoderStack:
         return SdfpError(
             f"model architecture {type(self.model).__name__}",
             f"not a uniform stack of attention + MLP decoder layers ({why})",
-            "Use a causal LM of a family in docs/compatibility.md.",
+            "Use a causal LM of a family in docs/use/compatibility.md.",
         )
 
 

@@ -97,10 +97,8 @@ def turns_of(texts: Sequence[list[int]], contexts: Sequence[int]) -> list[Turn]:
         for context in contexts:
             prompt = text[: context - _NEW_TOKENS - _SPARE]
             turns.append(Turn(prompts=[prompt], max_tokens=1))
-            turns += [
-                Turn(prompts=[prompt], max_tokens=_NEW_TOKENS, window=last)
-                for last in (_NONE, *(w for w in LASTS if w < context))
-            ]
+            windows: list[int | Literal["none"]] = [_NONE, *(w for w in LASTS if w < context)]
+            turns += [Turn(prompts=[prompt], max_tokens=_NEW_TOKENS, window=last) for last in windows]
     return turns
 
 

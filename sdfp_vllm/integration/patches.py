@@ -205,4 +205,4 @@ def mend_thinking_budgets() -> None:
         return TokenByTokenBudget(reasoning_config, max_num_seqs, num_spec_tokens, *args)
 
     setattr(create, _MARK, True)
-    module.maybe_create_thinking_budget_state_holder = create
+    module.maybe_create_thinking_budget_state_holder = create  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What SDFP does not work with, refused at start-up by name; `docs/limits.md` is this table for users."""
+"""What SDFP does not work with, refused at start-up by name; `docs/use/limits.md` is this table for users."""
 
 from __future__ import annotations
 

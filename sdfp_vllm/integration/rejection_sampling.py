@@ -51,7 +51,7 @@ def mend_rejection_sampler() -> None:
         return logprobs_of(stand_in, max_num_logprobs, metadata, *args)
 
     RejectionSampler.forward = forward  # type: ignore[method-assign]
-    RejectionSampler._get_logprobs_tensors = _get_logprobs_tensors  # type: ignore[method-assign]
+    RejectionSampler._get_logprobs_tensors = _get_logprobs_tensors  # type: ignore[method-assign, assignment]
     setattr(RejectionSampler, _MARK, True)
 
 

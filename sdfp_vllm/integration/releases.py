@@ -2,7 +2,7 @@
 
 vLLM's internals are not an API. A release that was never run here may well start, and end at its first request;
 so the release must be one that was tried, and every symbol we build on must be where `SYMBOLS` says. What ran on
-which release is in `docs/versions.md`; what each symbol is for in `docs/upstream.md`.
+which release is in `docs/reference/versions.md`; what each symbol is for in `docs/reference/upstream.md`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a single request may not ask for; the engine serves the others. `docs/limits.md` is this for users."""
+"""What a single request may not ask for; the engine serves the others. `docs/use/limits.md` is this for users."""
 
 from __future__ import annotations
 

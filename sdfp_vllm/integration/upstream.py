@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""Every vLLM symbol the runtime builds on, in one place; `docs/upstream.md` says what for.
+"""Every vLLM symbol the runtime builds on, in one place; `docs/reference/upstream.md` says what for.
 
 One that is missing is refused here by name, in whichever process comes first.
 """

@@ -1,7 +1,7 @@
 """Which model families SDFP has been tried with, and how a draft runs their layers in the engine.
 
 One list for both sides: `sdfp plan` refuses what is not on it before any weight is loaded, and the engine asks it how
-to reach a target's layers. `docs/compatibility.md` is this table for users, and a test compares the two.
+to reach a target's layers. `docs/use/compatibility.md` is this table for users, and a test compares the two.
 """
 
 from __future__ import annotations

@@ -128,14 +128,18 @@ class SdfpProposer(DraftModelProposer):
 
     # ------------------------------------------------------------ drafting
     def prepare_next_token_ids_padded(
-        self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
+        self,
+        sampled_token_ids: torch.Tensor,
+        requests: Any,
+        gpu_input_batch: Any,
+        discard_request_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Upstream's, for batches with prompts of embeddings too: such a prompt's last token has no id to ask for.
 
         The id asked for stands in for the next token of a request in the middle of its prefill, whose drafts are
         thrown away.
         """
-        known = {
+        known: Any = {
             name: requests[name] if requests[name].prompt_token_ids is not None else _EMBEDDED
             for name in gpu_input_batch.req_ids
         }

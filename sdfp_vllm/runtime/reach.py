@@ -15,7 +15,7 @@ from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.families import FAMILIES, Call
 
 _TAKEN = ("positions", "hidden_states", "residual")  # what a layer that is called by itself takes, in order
-_WAY_OUT = "Serve it without SDFP; docs/compatibility.md lists the model families that work."
+_WAY_OUT = "Serve it without SDFP; docs/use/compatibility.md lists the model families that work."
 
 
 def decoder_of(target: Any) -> Any:

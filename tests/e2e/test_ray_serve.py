@@ -23,7 +23,7 @@ import yaml
 from engines import engine, write_plan
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.more]
 
 ROOT = Path(__file__).parents[2]
 MODEL = toy.MODEL

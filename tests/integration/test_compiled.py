@@ -8,7 +8,7 @@ from engines import assert_identical, engine, runner, spec_counters, tokens, wri
 from sdfp_vllm.plan.schema import DraftHead, StoredView
 from sdfp_vllm.plan.view import DraftView
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.more]
 
 
 def test_compiled_draft_gives_plain_tokens(target, plan, prompts, plain_tokens):

@@ -18,7 +18,7 @@ from bigram import VOCAB, tiny_llama
 from engines import engine, spec_counters, write_plan
 from exact_sampling import THRESHOLD, distribution, penalised, total_variation, z_between, z_of_counts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.more]
 
 PROMPT = [1, 5, 2, 2, 7, 0]
 ANSWERS, REQUESTS = 4096, 5

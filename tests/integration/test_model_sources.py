@@ -17,7 +17,7 @@ from test_refusals import configure, model_folder, refused
 from typer.testing import CliRunner
 
 from sdfp_vllm.cli import app
-from sdfp_vllm.errors import PlanError
+from sdfp_vllm.errors import PlanError, SdfpError
 
 pytestmark = pytest.mark.engine
 
@@ -82,7 +82,6 @@ def test_a_fresh_node_serves_an_id_at_a_revision_from_a_cache_of_its_own(
             (["--load-format", name], "--load-format", "auto")
             for name in ("sharded_state", "tensorizer", "npcache", "pt", "ipc_cache", "PT", "of_a_plugin")
         ),
-        (["--model-weights", "s3://bucket/model"], "model", "Copy it to a folder"),
         (["--hf-config-path", "elsewhere"], "--hf-config-path", "Put a config.json"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, list) else None,
@@ -92,6 +91,16 @@ def test_weights_from_elsewhere(model, target, plan, tmp_path, flags, where, way
         flags = [flags[0], str(model_folder(tmp_path / "elsewhere", target))]
     error = refused(model, *flags, "--speculative-model", plan)
     assert error.where == where and way_out in error.way_out
+
+
+def test_weights_in_an_object_store(model, plan):
+    """What vLLM makes of a model named s3://..., once it has fetched the config to a folder."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    speculative = {"method": "sdfp", "model": plan}
+    args = EngineArgs(str(model), model_weights="s3://bucket/model", speculative_config=speculative)
+    with pytest.raises(SdfpError, match=r"object store.*Copy it to a folder"):
+        args.create_engine_config()
 
 
 @pytest.mark.parametrize("name", ["auto", "hf", "safetensors", "fastsafetensors", "dummy", "SAFETENSORS"])

@@ -26,7 +26,7 @@ from sdfp_vllm.ray_cluster import ray_cluster
 ray = pytest.importorskip("ray")
 from vllm.v1.executor.ray_utils import RayWorkerWrapper  # noqa: E402  # needs Ray
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.more]
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 
 

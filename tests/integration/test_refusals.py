@@ -1,4 +1,4 @@
-"""Every row of docs/limits.md: a start-up error that names the flag or file and the way out.
+"""Every row of docs/use/limits.md: a start-up error that names the flag or file and the way out.
 
 The model folders here hold a config and no weights, so whatever is refused is refused before
 a weight is looked for.

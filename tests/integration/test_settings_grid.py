@@ -13,7 +13,7 @@ import pytest
 from engines import assert_identical, engine, metric, spec_counters, write_plan
 from fixtures import source_prompts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.more]
 
 PER_ENGINE = 128
 MAX_MODEL_LEN = 200

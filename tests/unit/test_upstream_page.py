@@ -1,4 +1,4 @@
-"""docs/upstream.md lists what the code imports, and vLLM and vLLM-Omni are imported nowhere else."""
+"""docs/reference/upstream.md lists what the code imports, and vLLM and vLLM-Omni are imported nowhere else."""
 
 from __future__ import annotations
 
@@ -29,27 +29,29 @@ def test_internals_are_imported_in_the_integration_package_only():
 
 
 def test_every_symbol_is_on_the_page():
-    page = (ROOT / "docs" / "upstream.md").read_text()
+    page = (ROOT / "docs" / "reference" / "upstream.md").read_text()
     for path in (PACKAGE / "integration").glob("*.py"):
         for module, name in vllm_imports(path):
             shown = name if name[0] != "_" and name != module else module
-            assert f"`{shown}`" in page or shown in page, f"{shown} ({path.name}) is not in docs/upstream.md"
+            assert f"`{shown}`" in page or shown in page, (
+                f"{shown} ({path.name}) is not in docs/reference/upstream.md"
+            )
 
 
 def test_vllm_omni_is_touched_in_its_package_only_and_what_is_touched_is_on_the_page():
-    page = (ROOT / "docs" / "upstream.md").read_text().split("## vLLM-Omni")[1]
+    page = (ROOT / "docs" / "reference" / "upstream.md").read_text().split("## vLLM-Omni")[1]
     for path in PACKAGE.rglob("*.py"):
         here = path.parent.name == "omni"
         for module, name in vllm_imports(path, "vllm_omni"):
             assert here, f"{path}: {module}.{name}"
             assert f"`{name}`" in page and f"`{module}`" in page, (
-                f"{module}.{name} is not in docs/upstream.md"
+                f"{module}.{name} is not in docs/reference/upstream.md"
             )
         # Modules that are imported by their name in a string, to be patched.
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and str(node.value).startswith("vllm_omni."):
                 assert here and f"`{node.value}`" in page, (
-                    f"{node.value} ({path.name}) is not in docs/upstream.md"
+                    f"{node.value} ({path.name}) is not in docs/reference/upstream.md"
                 )
 
 

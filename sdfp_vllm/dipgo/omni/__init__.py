@@ -1,7 +1,7 @@
 """DiP-GO plans as a cache backend of vLLM-Omni: `cache_backend="dipgo"`, `cache_config={"plan": PLAN}`.
 
 `register` is the `vllm_omni.general_plugins` entry point, which vLLM-Omni calls in every process. Its cache
-backends are a closed list, so three of its functions are wrapped (docs/upstream.md has the list); each does what
+backends are a closed list, so three of its functions are wrapped (docs/reference/upstream.md has the list); each does what
 it did for every other backend.
 """
 
@@ -35,7 +35,7 @@ def register() -> None:
         except (ImportError, AttributeError) as e:
             logger.error(
                 "cache_backend='%s' is not available with this vLLM-Omni: %s. It was made for 0.30.0; "
-                "see docs/upstream.md of sdfp-vllm.",
+                "see docs/reference/upstream.md of sdfp-vllm.",
                 BACKEND,
                 e,
             )
