@@ -128,9 +128,8 @@ def _fetched(model: str, revision: str | None, download_dir: str | None, weights
     from huggingface_hub import HfApi
 
     hub = HfApi()
-    hub.model_info(
-        model, revision=revision
-    )  # raises at once where the hub cannot be asked; what follows tries for long
+    # Raises at once where the hub cannot be asked; what follows would try for long.
+    hub.model_info(model, revision=revision)
     folder = _snapshot(model, revision, download_dir, _SMALL)
     if weights:
         commit = folder.name  # a branch may move on in between

@@ -213,12 +213,11 @@ def test_a_kernel_that_is_disabled_is_not_used(monkeypatch):
 
 
 def test_a_vllm_without_the_symbols_is_named(monkeypatch):
-    from sdfp_vllm.integration import upstream_linear
+    from sdfp_vllm.integration import releases, upstream_linear
 
+    releases.refuse_missing.cache_clear()  # another test of this process may have found all well
     monkeypatch.setitem(sys.modules, "vllm.model_executor.parameter", None)
-    with pytest.raises(
-        SdfpError, match=r"vLLM symbol vllm\.model_executor\.parameter: .* \(--precision full\)"
-    ):
+    with pytest.raises(SdfpError, match=r"vllm\.model_executor\.parameter .* \(--precision full\)"):
         importlib.reload(upstream_linear)
 
 

@@ -23,7 +23,7 @@ from sdfp_vllm.fit.stack import load_target
 from sdfp_vllm.plan.families import FAMILIES, Family
 from sdfp_vllm.plan.fingerprint import fingerprint
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "use"
 
 
 @pytest.fixture(scope="module", name="model")

@@ -8,7 +8,7 @@ import torch
 from tiny_pipelines import KINDS, tiny_sampler
 
 from sdfp_vllm.dipgo import learn
-from sdfp_vllm.dipgo.job import _JUDGE, _JUDGES, SearchOptions, check, find, task_of
+from sdfp_vllm.dipgo.job import SearchOptions, check, find, task_of
 from sdfp_vllm.dipgo.layout import layout_of
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
 from sdfp_vllm.dipgo.macs import count_macs
@@ -298,17 +298,18 @@ def test_quality_measures():
     assert ssim(image[:, :, :8, :8], image[:, :, :8, :8]).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_more_rounds_never_end_worse_on_images_that_no_gate_was_chosen_on():
-    ends = []
-    for rounds in (0, 1, 3):
-        sampler = tiny_sampler("dit", steps=6)
-        options = SearchOptions(steps=6, budget=0.5, images=2, rounds=rounds)
-        with stages(None) as progress:
-            found = find(sampler, options, progress)
-        judges = [_JUDGE + i for i in range(_JUDGES * options.images)]
+def test_a_longer_line_of_gates_never_ends_worse_on_images_that_no_gate_was_chosen_on():
+    sampler = tiny_sampler("dit", steps=6)
+    task = task_of(sampler, "block", "residual", 0, 0.5)
+    judges = [31, 32, 33, 34]
+    with torch.no_grad():
         full = sampler.decode(sampler.latents(judges))
-        ends.append(likeness(found.task, found.gates, judges, full).mean().item())
-    assert ends == sorted(ends)
+    line = [some_gates(sampler, task.layout, seed) for seed in range(6)]
+    reached = lambda gates: likeness(task, gates, judges, full).mean().item()  # noqa: E731
+    ends = [reached(surest(task, line[:k], judges, full)) for k in range(1, len(line) + 1)]
+    assert ends == sorted(ends) and ends[0] < ends[-1]
+    last = [reached(gates) for gates in line]
+    assert last != sorted(last)  # whoever takes the last of a line ends worse with some
 
 
 def test_gates_that_fit_the_images_they_were_chosen_on_are_not_believed():

@@ -110,26 +110,37 @@ def as_a_user_whom_rights_stop() -> Iterator[None]:
             os.seteuid(0)
 
 
+def readable(folder: Path) -> str:
+    """A calibration text that every user may read."""
+    text = folder / "text.txt"
+    lines = (f"line {i} of a text that is long enough" for i in range(4000))
+    text.write_text("\n".join(lines), encoding="utf-8-sig")  # loads the codec, which that user may not
+    text.chmod(0o644)
+    return str(text)
+
+
 def test_read_only_folder_is_refused_before_the_model_is_loaded(open_to_all):
     model, folder = save_tiny(open_to_all / "model"), open_to_all / "plans"
     weights = model / "model.safetensors"
     weights.write_bytes(b"")  # loading it would fail otherwise
     weights.chmod(0o644)
     folder.mkdir(mode=0o555)
+    text = readable(open_to_all)  # written while one still may
     for out in (folder, folder / "new"):
         with (
             as_a_user_whom_rights_stop(),
             pytest.raises(SdfpError, match=r"output folder .* cannot be written \(Permission denied\).* -o"),
         ):
-            make_plan(str(model), calibration="/nowhere", out=out)
+            make_plan(str(model), calibration=text, out=out)
     assert not list(folder.iterdir())
 
 
 def test_weights_that_may_not_be_read_are_named(open_to_all):
     model = save_tiny(open_to_all / "model")
     (model / "model.safetensors").chmod(0o200)
+    text = readable(open_to_all)
     with (
         as_a_user_whom_rights_stop(),
         pytest.raises(SdfpError, match=r"model\.safetensors: cannot be read \(Permission denied\)"),
     ):
-        make_plan(str(model), calibration="/nowhere", out=open_to_all / "plans")
+        make_plan(str(model), calibration=text, out=open_to_all / "plans")

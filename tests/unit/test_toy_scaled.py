@@ -53,7 +53,7 @@ def test_default_place_is_beside_the_plans(monkeypatch, tmp_path):
 
 
 def test_missing_package_data_is_refused(tmp_path):
-    with pytest.raises(SdfpError, match="not in this installation"):
+    with pytest.raises(SdfpError, match="not in this checkout"):
         demo.demo_target(tmp_path / "cache", tmp_path / "nothing")
     assert not (tmp_path / "cache").exists()
 
