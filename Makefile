@@ -58,7 +58,6 @@ test: $(READY)
 # What `make test` leaves out for the newcomer's sake: a real model, and the longest of the engines' tests.
 test-more: $(READY) $(SMOLLM2)
 	$(PYTEST) -m "more and not slow and not gpu"
-	$(INTERPRETED) $(PYTEST) -m "more and not slow and not gpu"
 
 # On a machine with an NVIDIA GPU, set up with DEVICE=cuda.
 test-gpu: $(READY)
