@@ -12,7 +12,6 @@ room for the longest context times the largest batch; --methods takes fewer.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sdfp_vllm.demo.figures import row
 from sdfp_vllm.fit.calibration import load_calibration
 from sdfp_vllm.fit.job import make_plan
 from sdfp_vllm.fit.window_search import kv_gigabytes
@@ -150,36 +150,12 @@ def _rows(name: str, cell: Cell, groups: list[int], measured: dict[str, Measurem
 def _row(
     name: str, cell: Cell, ours: Sequence[TurnMeasurement], plain: Sequence[TurnMeasurement]
 ) -> dict[str, Any]:
-    ratios = [_rate([a]) / _rate([b]) for a, b in zip(ours, plain, strict=True)]
-    drafted, accepted = sum(t.draft_tokens for t in ours), sum(t.accepted_tokens for t in ours)
-    rounds = sum(t.rounds for t in ours)
-    same = [
-        x == y
-        for a, b in zip(ours, plain, strict=True)
-        for x, y in zip(a.token_ids, b.token_ids, strict=True)
-    ]
-    return {
-        "method": name,
+    drafted = sum(t.draft_tokens for t in ours)
+    return row(name, list(zip(ours, plain, strict=True))) | {
         "context": cell.context,
         "batch": cell.batch,
-        "turns": len(ours),
-        "tokens_per_second": _rate(ours),
-        "ratio": _rate(ours) / _rate(plain),
-        "ratio_median": statistics.median(ratios),
-        "ratio_least": min(ratios),
-        "ratio_most": max(ratios),
-        "acceptance_rate": accepted / drafted if drafted else None,
-        "tokens_per_round": 1 + accepted / rounds if rounds else None,
         "draft_ms": 1e3 * cell.batch * sum(t.draft_seconds for t in ours) / drafted if drafted else None,
-        "identical_texts": sum(same),
-        "texts": len(same),
     }
-
-
-def _rate(turns: Sequence[TurnMeasurement]) -> float:
-    """Tokens a second after each request's first."""
-    tokens = sum(len(ids) - 1 for t in turns for ids in t.token_ids)
-    return tokens / sum(t.decode_seconds for t in turns)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -26,10 +26,10 @@ from rich.console import Console
 from sdfp_vllm.demo.methods import METHODS, PAPER, PLAIN, SDFP, can_run
 from sdfp_vllm.demo.questions import choose
 from sdfp_vllm.demo.smollm2 import smollm2
-from sdfp_vllm.engine_memory import fit_together
+from sdfp_vllm.engine_memory import fit_together, run_as_memory_allows
 from sdfp_vllm.fit.job import make_plan
 from sdfp_vllm.machine import processor
-from sdfp_vllm.measure import EngineSpec, Measurement, run_engine, run_engines
+from sdfp_vllm.measure import EngineSpec, Measurement
 from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.provenance import weights_of
@@ -83,9 +83,7 @@ def main() -> None:
     runs: dict[str, list[tuple[Measurement, Measurement]]] = {}
     for group in _groups(specs, plan.extra_bytes):
         with console.status(f"Running {', '.join(group)}"):
-            wanted = [specs[m] for m in group]
-            together = fit_together(wanted, plan.extra_bytes)
-            ran = run_engines(wanted) if together else [run_engine(spec) for spec in wanted]
+            ran, together = run_as_memory_allows([specs[m] for m in group], plan.extra_bytes)
             in_turns = in_turns and together
         results = dict(zip(group, ran, strict=True))
         for method in group:

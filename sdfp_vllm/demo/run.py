@@ -24,10 +24,10 @@ from sdfp_vllm.demo.methods import METHODS, OWN_DTYPE, PAPER, PLAIN, SDFP, can_r
 from sdfp_vllm.demo.questions import Question, choose
 from sdfp_vllm.demo.smollm2 import NAME as SMOLLM2
 from sdfp_vllm.demo.smollm2 import smollm2
-from sdfp_vllm.engine_memory import fit_together
+from sdfp_vllm.engine_memory import run_as_memory_allows
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.engine_check import stored_dtype
-from sdfp_vllm.measure import EngineSpec, Measurement, Turn, run_engine, run_engines
+from sdfp_vllm.measure import EngineSpec, Measurement, Turn
 from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
 from sdfp_vllm.plan.parcel import PLAN_FILE
 from sdfp_vllm.plan.schema import SkipPlan
@@ -89,8 +89,7 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     ]
     plan = plan_for(folder, dtype, settings.eager, console) if SDFP in methods else None
     specs = engine_specs(folder, asked, methods, dtype, settings)
-    in_turns = fit_together(list(specs.values()), plan.extra_bytes if plan else 0)
-    measured = _run_all(specs, in_turns, console)
+    measured, in_turns = _run_all(specs, plan.extra_bytes if plan else 0, console)
 
     rows = overall(measured, plan)
     kinds = by_kind([q.kind for q in asked], measured)
@@ -179,7 +178,9 @@ def engine_specs(
     }
 
 
-def _run_all(specs: dict[str, EngineSpec], in_turns: bool, console: Console) -> dict[str, Measurement]:
+def _run_all(
+    specs: dict[str, EngineSpec], copies: int, console: Console
+) -> tuple[dict[str, Measurement], bool]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -190,15 +191,9 @@ def _run_all(specs: dict[str, EngineSpec], in_turns: bool, console: Console) -> 
     names = list(specs)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(1 + len(s.turns) for s in specs.values()))
-        if in_turns:
-            step = lambda i, done: progress.update(task, description=names[i], completed=done)  # noqa: E731
-            return dict(zip(names, run_engines(list(specs.values()), step), strict=True))
-        measured: dict[str, Measurement] = {}
-        for name, spec in specs.items():
-            progress.update(task, description=name)
-            measured[name] = run_engine(spec)
-            progress.advance(task, 1 + len(spec.turns))
-        return measured
+        step = lambda i, done: progress.update(task, description=names[i], completed=done)  # noqa: E731
+        measured, in_turns = run_as_memory_allows(list(specs.values()), copies, step)
+    return dict(zip(names, measured, strict=True)), in_turns
 
 
 def _check(s: DemoSettings) -> None:

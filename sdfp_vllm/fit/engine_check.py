@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import torch
 import transformers
 
 from sdfp_vllm import __version__
-from sdfp_vllm.engine_memory import fit_together
+from sdfp_vllm.engine_memory import run_as_memory_allows
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.fit.progress import Stages
 from sdfp_vllm.fit.prospects import whole_at_lowest
 from sdfp_vllm.fit.search import WORTHWHILE
-from sdfp_vllm.measure import EngineSpec, Measurement, Turn, one_by_one, run_engine, run_engines
+from sdfp_vllm.measure import EngineSpec, Measurement, Turn, one_by_one, run_engine
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import Fingerprint
 from sdfp_vllm.plan.keep import KeepSet
@@ -163,13 +163,14 @@ def with_check(
     if stored != dtype:
         specs.append(spec(None, stored, turns))
     with bar.step("Check on the engine", sum(1 + len(s.turns) for s in specs)) as advance:
+        step = lambda engine, done: advance(1)  # noqa: E731
         try:
-            results = _run(specs, plan, lambda: advance(1))
+            results, _ = run_as_memory_allows(specs, plan.extra_bytes, step)
         except SdfpError:
             if len(specs) == 2:
                 raise
             # The machine may not run the checkpoint's own dtype: what was asked for is checked all the same.
-            results = _run(specs[:2], plan, lambda: advance(1))
+            results, _ = run_as_memory_allows(specs[:2], plan.extra_bytes, step)
     plain, ours, *other = results
     alone, copying = (Measurement(**{**dict(ours), "turns": ours.turns[i::2]}) for i in (0, 1))
     whole = alone.whole
@@ -188,18 +189,6 @@ def with_check(
     )
     worthwhile = max(speeds.drafted, speeds.copies) > WORTHWHILE * speeds.plain
     return plan.model_copy(update={"check": speeds, "worthwhile": worthwhile})
-
-
-def _run(specs: list[EngineSpec], plan: SkipPlan, done: Callable[[], None]) -> list[Measurement]:
-    """In turns, where memory holds all engines at once; else one after the other."""
-    if fit_together(specs, plan.extra_bytes):
-        return run_engines(specs, on_step=lambda engine, step: done())
-    results = []
-    for s in specs:
-        results.append(run_engine(s))
-        for _ in range(1 + len(s.turns)):
-            done()
-    return results
 
 
 def engine_settings(positions: int, eager: bool, trust_remote_code: bool) -> dict[str, object]:

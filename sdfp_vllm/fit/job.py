@@ -186,9 +186,8 @@ def _sums_on_ray(
     from sdfp_vllm.fit.ray_fisher import FisherJob, ray_fisher_sums
 
     assert options.ray is not None and ids is not None
-    revision: str | None = (
-        model_dir.name
-    )  # the commit: an id is resolved on each node, and a branch may move on
+    # The commit: an id is resolved on each node, and a branch may move on.
+    revision: str | None = model_dir.name
     if Path(model).is_dir():  # workers have other working directories
         model, revision = str(model_dir.resolve()), None
     job = FisherJob(

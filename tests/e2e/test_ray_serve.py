@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import servers
 import toy
 import yaml
 from engines import engine, write_plan
@@ -30,12 +30,6 @@ MODEL = toy.MODEL
 PROMPTS = ["import os\n\n\ndef main(", "class Node:\n    def __init__(self", "for i in range("]
 TOKENS = 400
 REPLICA = "ray::ServeReplica:sdfp:Engine"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def engine_core(replica: psutil.Process) -> psutil.Process | None:
@@ -94,7 +88,7 @@ def server(plain, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str]]:
     engine less."""
     folder = tmp_path_factory.mktemp("serve")
     config = yaml.safe_load((ROOT / "examples" / "ray_serve.yaml").read_text())
-    port = config["http_options"]["port"] = free_port()
+    port = config["http_options"]["port"] = servers.free_port()
     config["applications"][0]["route_prefix"] = "/llm"
     args = config["applications"][0]["args"]
     args["plan"] = write_plan(MODEL, folder / "plan", [0, 5, 15], k=3)

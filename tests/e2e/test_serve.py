@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 import toy
 
 from sdfp_vllm.plan.fingerprint import fingerprint
@@ -29,42 +27,10 @@ PROMPT = "import os\n\n\ndef main("
 COMMON = dict(model="demo", prompt=PROMPT, max_tokens=48, temperature=0.0)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def start(log: Path, cache: Path, *flags: str) -> tuple[subprocess.Popen, str]:
     """Starts the server by its console script and waits until it answers; returns it and its URL."""
-    port = free_port()
-    command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(MODEL), "--served-model-name", "demo",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
-        "--enforce-eager", *flags,
-    ]  # fmt: skip
-    env = {**os.environ, "SDFP_CACHE_DIR": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as f:
-        server = subprocess.Popen(command, env=env, stdout=f, stderr=f, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        if server.poll() is not None:
-            raise RuntimeError(log.read_text()[-4000:])
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2)
-            return server, url
-        except OSError:
-            time.sleep(1)
-    raise RuntimeError("the server did not come up:\n" + log.read_text()[-4000:])
-
-
-def stop(server: subprocess.Popen) -> None:
-    os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    flags = ("--served-model-name", "demo", "--max-model-len", "512", *flags)
+    return servers.start(log, MODEL, *flags, env={"SDFP_CACHE_DIR": str(cache)})
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +48,7 @@ def server(cache, tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     process, url = start(log, cache, "--speculative-model", "sdfp", "--num-speculative-tokens", "4")
     yield url
-    stop(process)
+    servers.stop(process)
 
 
 @pytest.fixture(scope="module")
@@ -136,4 +102,4 @@ def test_metrics_are_vllms_own(client, server):
 def test_no_plan_is_a_clear_start_up_error(tmp_path):
     with pytest.raises(RuntimeError, match=r"has no plan yet.*sdfp plan"):
         process, _ = start(tmp_path / "log", tmp_path / "empty", "--speculative-model", "sdfp")
-        stop(process)
+        servers.stop(process)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.request
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import servers
 import toy
 
 from sdfp_vllm import __version__
@@ -106,33 +104,15 @@ def test_it_plans_and_serves(python, tmp_path):
         "full",
     )
     assert "Plan:" in run(python, "plan", "model", *few, cwd=tmp_path, **env)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        str(python), "-m", "vllm.entrypoints.cli.main", "serve", "model", "--speculative-model", "sdfp", "--dtype",
-        "float32", "--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
+    vllm = (str(python), "-m", "vllm.entrypoints.cli.main")
+    flags = ("--speculative-model", "sdfp", "--max-model-len", "256")
+    env |= {"VLLM_LOGGING_LEVEL": "INFO"}
     log = tmp_path / "log"
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as f:
-        server = subprocess.Popen(
-            command, cwd=tmp_path, env=os.environ | env, stdout=f, stderr=f, start_new_session=True
-        )
+    server, url = servers.start(log, "model", *flags, vllm=vllm, env=env, cwd=tmp_path)
     try:
-        for _ in range(300):
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(1)
         body = b'{"model": "model", "prompt": "def main(", "max_tokens": 8, "temperature": 0}'
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
         assert b'"text"' in urllib.request.urlopen(request).read()
         assert "SDFP is on" in log.read_text()
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        servers.stop(server)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+import servers
 from engines import assert_identical, costs_by_hand, engine, pacing_by_hand, spec_counters, tokens
 
 from sdfp_vllm.demo.questions import OWN
@@ -96,28 +91,17 @@ def test_a_server_answers_chats_through_the_template(model, plan, tmp_path):
 
     made, folder = plan
     assert fingerprint(model) == made.fingerprint
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--speculative-model", str(folder), "--dtype",
-        "float32", "--max-model-len", "1024", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", "smollm2",
-    ]  # fmt: skip
-    log = tmp_path / "log"
-    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as f:
-        server = subprocess.Popen(command, env=env, stdout=f, stderr=f, start_new_session=True)
+    flags = ("--speculative-model", str(folder), "--max-model-len", "1024", "--served-model-name", "smollm2")
+    server, url = servers.start(tmp_path / "log", model, *flags)
     try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        wait_for(server, f"http://127.0.0.1:{port}/health", log)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         ask = lambda **more: client.chat.completions.create(  # noqa: E731
             model="smollm2", messages=[{"role": "user", "content": "Name three rivers of Europe."}], max_tokens=32,
             temperature=0.0, **more,
         ).choices[0].message.content  # fmt: skip
         text = ask()
         assert text and text == ask()
-        metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+        metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
         drafted = [
             line
             for line in metrics.splitlines()
@@ -125,25 +109,4 @@ def test_a_server_answers_chats_through_the_template(model, plan, tmp_path):
         ]
         assert drafted and float(drafted[0].split()[-1]) > 0, "no draft was accepted"
     finally:
-        stop(server)
-
-
-def wait_for(server: subprocess.Popen, url: str, log: Path) -> None:
-    for _ in range(300):
-        if server.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except OSError:
-            time.sleep(1)
-    raise RuntimeError("the server did not come up:\n" + log.read_text()[-4000:])
-
-
-def stop(server: subprocess.Popen) -> None:
-    os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        servers.stop(server)
