@@ -20,20 +20,20 @@ $(SMOLLM2): $(READY)
 
 # FIT on two Ray workers, then two serving replicas asked by the openai client.
 demo-ray: $(READY) $(SMOLLM2)
-	$(PY) -m sdfp_vllm.demo.ray_demo
+	$(PY) -m examples.ray_cluster
 
 # Diffusion: searches plans for a small digits DiT and compares full and pruned samples.
 demo-dipgo: $(READY)
-	$(VENV)/bin/sdfp dipgo demo
+	$(PY) -m examples.digits
 
 # SmolLM2 against plain vLLM and its rivals, by batch and kind of question; wants a quiet machine.
-# Other models: python benchmarks/real MODEL [--questions FILE] [--draft MODEL].
+# Other models: python -m benchmarks.real MODEL [--questions FILE] [--draft MODEL].
 bench: $(READY) $(SMOLLM2) $(SUFFIX)/.tried
-	PYTHONPATH=$(SUFFIX) $(PY) benchmarks/real --out benchmarks/results/real_smollm2.json
+	PYTHONPATH=$(SUFFIX) $(PY) -m benchmarks.real --out benchmarks/results/real_smollm2.json
 
 # The same on the toy target and on random checkpoints (synthetic), batches 1 to 16; about half an hour.
 bench-toy: $(READY) $(SUFFIX)/.tried
-	PYTHONPATH=$(SUFFIX) $(PY) benchmarks/suite
+	PYTHONPATH=$(SUFFIX) $(PY) -m benchmarks.suite
 
 # Suffix decoding, one of the rivals: the version vLLM wants, in a folder of its own. It is compiled (g++ and cmake);
 # where it can't be, the benchmark leaves it out and says so.
@@ -47,7 +47,7 @@ $(SUFFIX)/.tried: $(READY)
 # Two workers, a file of tests each: engines are single-threaded in tests. Triton kernels and vLLM's
 # V2 runner have a run of their own, under Triton's interpreter; so has the backend for vLLM-Omni.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-INTERPRETED := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/v2/interpreter
+INTERPRETED := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/engine_v2/interpreter
 OMNI := VLLM_OMNI_FOLDER=$(VENV)/vllm-omni
 
 test: $(READY)
@@ -70,9 +70,9 @@ test-all: $(READY) $(SMOLLM2)
 
 # The core on each tried release that has a CPU build, in an environment of its own; by hand and nightly.
 RELEASES ?= 0.31.0 0.32.0
-CORE := tests/unit/test_releases.py tests/e2e/test_plan.py tests/e2e/test_serve.py \
-	tests/integration/test_greedy.py::test_same_tokens_at_every_batch_size tests/integration/test_paced.py \
-	tests/integration/test_sampling.py::test_transitions_follow_the_exact_distribution
+CORE := tests/unit/engine/test_releases.py tests/e2e/test_plan_command.py tests/e2e/test_serve.py \
+	tests/engine_v1/test_greedy.py::test_same_tokens_at_every_batch_size tests/engine_v1/test_paced.py \
+	tests/engine_v1/test_sampling.py::test_transitions_follow_the_exact_distribution
 
 test-versions: $(RELEASES:%=$(VENV)-%/.ready)
 	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest $(CORE) || exit 1; done

@@ -1,7 +1,7 @@
 """Entry into a kept layer after a run of skipped ones, in one pass over the row.
 
     h        = residual + branch                      (the last kept layer's pending branch output)
-    h        = bridge(h)                              (none, bias, affine or low rank: `sdfp_vllm/bridge.py`)
+    h        = bridge(h)                              (none, bias, affine or low rank: `sdfp_vllm/plan/bridge.py`)
     residual = h                                      (in place, rounded to its dtype)
     out      = h / sqrt(mean(h^2) + eps) * (w + o)    (o = 0: Llama; o = 1: Gemma)
 

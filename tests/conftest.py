@@ -22,7 +22,7 @@ _compared_in_workers = 0
 
 
 def _compared_here() -> int:
-    return getattr(sys.modules.get("engines"), "compared", 0)
+    return getattr(sys.modules.get("tests.support.engines"), "compared", 0)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 # Two runs of their own (`make test` makes all three): Triton decides once per process whether its kernels are
 # interpreted, and modules of vLLM-Omni are not to be loaded beside engines.
-_RUNS = {"kernels": "interpreted", "v2": "interpreted", "omni": "omni"}
+_RUNS = {"kernels": "interpreted", "engine_v2": "interpreted", "omni": "omni"}
 _HERE = Path(__file__).parent
 
 

@@ -9,7 +9,7 @@ tokens a round over 1 + k * (bytes a draft step reads / bytes the target reads).
 before anything is measured. `efficiency` is measured over bound. N-gram drafts are found only
 where text repeats, and random weights repeat a lot: that column flatters.
 
-    python benchmarks/gpu/engines.py [--shapes 0.6b 1.7b 8b] [--batches 1 8 32] [--acceptance 0.6 0.8 0.9] [--precisions fp8 int4]
+    python -m benchmarks.gpu.engines [--shapes 0.6b 1.7b 8b] [--batches 1 8 32] [--acceptance 0.6 0.8 0.9] [--precisions fp8 int4]
 
 One GPU with vLLM; every engine runs in a process of its own, in turn. `--shapes tiny` runs on a CPU
 too, to try the script out: there acceptance is whatever random weights give, and the figures mean
@@ -189,7 +189,7 @@ def missing(shape: dict[str, Any], precision: str) -> str | None:
     """Why this machine cannot draft at a precision; None: it can."""
     import torch
 
-    from sdfp_vllm.integration.rounded_linear import refusal
+    from sdfp_vllm.engine.draft.rounded_linear import refusal
 
     return refusal(precision, torch.bfloat16, shape["intermediate_size"], shape["hidden_size"])  # type: ignore[arg-type]
 

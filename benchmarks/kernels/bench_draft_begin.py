@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Case
 
+from benchmarks.kernels.measure import Case
 from sdfp_vllm.kernels.draft_begin import draft_begin, reference
 from sdfp_vllm.kernels.draft_step import KvSlots
 

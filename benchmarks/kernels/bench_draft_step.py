@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Case, importable
 
+from benchmarks.kernels.measure import Case, importable
 from sdfp_vllm.kernels.draft_step import DraftWorkspace, KvSlots, draft_step
 
 ROWS, VOCABS, STATES, DRAFTS, LIMIT = (1, 8, 32, 128), (32_000, 151_936), 256, 8, 4096

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Case, importable
 
+from benchmarks.kernels.measure import Case, importable
 from sdfp_vllm.kernels.embed_rms_norm import embed_rms_norm, reference
 
 ROWS, HIDDEN, VOCAB, EPS = (1, 8, 32, 128), (2048, 4096, 5120), 32_000, 1e-5

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Case, importable
 
+from benchmarks.kernels.measure import Case, importable
 from sdfp_vllm.kernels.skip_residual_rms_norm import reference, skip_residual_rms_norm
 from sdfp_vllm.plan.bridge import Bridge
 

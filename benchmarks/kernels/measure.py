@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sdfp_vllm.source_tree import git_sha
+from sdfp_vllm.common.source_tree import git_sha
 
 
 @dataclass(frozen=True)

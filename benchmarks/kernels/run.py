@@ -1,6 +1,6 @@
 """Benchmarks of the kernels in `kernels/`: time, bytes, and the share of the GPU's copy bandwidth, as one CSV.
 
-    python benchmarks/kernels/run.py [--out benchmarks/results/kernels.csv] [--only OP]
+    python -m benchmarks.kernels.run [--out benchmarks/results/kernels.csv] [--only OP]
 
 Without a GPU it prints the bytes each op must move and times nothing.
 """
@@ -16,7 +16,8 @@ import bench_embed_rms_norm
 import bench_skip_residual_rms_norm
 import bench_skip_residual_rms_norm_rounded
 import torch
-from measure import measure, print_bytes, write_csv
+
+from benchmarks.kernels.measure import measure, print_bytes, write_csv
 
 OPS = (
     bench_skip_residual_rms_norm,

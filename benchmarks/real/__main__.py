@@ -1,7 +1,7 @@
 """Real models, asked real questions: plain vLLM in two dtypes, SDFP, and its rivals, in turns.
 
     make bench                                        # SmolLM2-135M-Instruct, the project's own questions
-    python benchmarks/real MODEL --questions FILE.jsonl [--draft MODEL] [--out FILE]
+    python -m benchmarks.real MODEL --questions FILE.jsonl [--draft MODEL] [--out FILE]
 
 Every engine is asked the same questions through the model's chat template, greedy: some one at a time,
 others four at a time (`--batches 1,4,8`: and eight), others one at a time at temperature 0.7; none twice, for suffix decoding
@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import Asked, engine_specs
-from figures import kinds_of, rows_of, table
 from rich.console import Console
 
+from benchmarks.real.engines import Asked, engine_specs
+from benchmarks.real.figures import kinds_of, rows_of, table
+from sdfp_vllm.common.checkpoint import load_tokenizer
+from sdfp_vllm.common.machine import processor
+from sdfp_vllm.common.provenance import weights_of
+from sdfp_vllm.common.results_file import save_results
+from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.demo.methods import METHODS, PAPER, PLAIN, SDFP, can_run
 from sdfp_vllm.demo.questions import choose
 from sdfp_vllm.demo.smollm2 import smollm2
-from sdfp_vllm.engine_memory import fit_together, run_as_memory_allows
-from sdfp_vllm.fit.job import make_plan
-from sdfp_vllm.machine import processor
-from sdfp_vllm.measure import EngineSpec, Measurement
+from sdfp_vllm.measure.engines import EngineSpec, Measurement
+from sdfp_vllm.measure.memory import fit_together, run_as_memory_allows
 from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.store import load_plan
-from sdfp_vllm.provenance import weights_of
-from sdfp_vllm.results_file import save_results
-from sdfp_vllm.source_tree import git_sha
-from sdfp_vllm.tokenizer import load_tokenizer
+from sdfp_vllm.planner.job import make_plan
 
 
 def main() -> None:

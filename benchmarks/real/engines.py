@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from sdfp_vllm.demo.methods import OWN_DTYPE, SDFP, speculative
-from sdfp_vllm.fit.engine_check import stored_dtype
-from sdfp_vllm.measure import EngineSpec, Turn
+from sdfp_vllm.measure.engines import EngineSpec, Turn
+from sdfp_vllm.planner.engine_check import stored_dtype
 
 TEMPERATURE = 0.7
 

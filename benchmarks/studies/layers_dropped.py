@@ -1,11 +1,11 @@
 """What does dropping layers of a real model cost in acceptance, by who chooses them, at full precision and in int8?
 
     sdfp plan MODEL --dtype float32 -o PLAN
-    python benchmarks/studies/layers_dropped.py MODEL --plan PLAN [--dropped 1 2 4 8] [--out FILE]
+    python -m benchmarks.studies.layers_dropped MODEL --plan PLAN [--dropped 1 2 4 8] [--out FILE]
 
 Methods choose what to drop, in whole layers' worth of weights: FIT's trace on the standard library's sources ("corpus") or on
 the text that the target writes in chats with itself ("own text"), uniform spacing, SWIFT's search (its public code's, on this
-package's forward; see benchmarks/compare_selectors.py), greedy removal by the overlap of the draft's first step with the
+package's forward; see benchmarks/studies/compare_selectors.py), greedy removal by the overlap of the draft's first step with the
 target, and this package's local search ("auto"). Each keep set is judged on chats that no method saw, four drafts a round: the
 share accepted as it is, with every kept linear in int8, and at full precision with bridges (affine, rank 64) in the place of
 dropped whole layers. Speeds are predicted from PLAN's costs, which hold the engine's overheads on this machine.
@@ -14,7 +14,6 @@ dropped whole layers. Speeds are predicted from PLAN's costs, which hold the eng
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -24,27 +23,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from compare_selectors import Bench
-
-from sdfp_vllm.fit.bridges import BridgeFitter
-from sdfp_vllm.fit.fisher import fisher_scores
-from sdfp_vllm.fit.options import PlanOptions
-from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
-from sdfp_vllm.fit.search import ranked_layers
-from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.fit.texts import Texts, own_windows
-from sdfp_vllm.machine import processor
+from benchmarks.studies.compare_selectors import Bench
+from sdfp_vllm.common.checkpoint import load_tokenizer
+from sdfp_vllm.common.machine import processor
+from sdfp_vllm.common.provenance import weights_of
+from sdfp_vllm.common.results_file import save_results
+from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.plan.view import DraftView
-from sdfp_vllm.provenance import weights_of
-from sdfp_vllm.results_file import save_results
-from sdfp_vllm.source_tree import git_sha
-from sdfp_vllm.tokenizer import load_tokenizer
+from sdfp_vllm.planner.bridges import BridgeFitter
+from sdfp_vllm.planner.fisher import fisher_scores
+from sdfp_vllm.planner.options import PlanOptions
+from sdfp_vllm.planner.rollout import DraftRollout, greedy_continuations
+from sdfp_vllm.planner.search import ranked_layers
+from sdfp_vllm.planner.stack import DecoderStack, load_target
+from sdfp_vllm.planner.texts import Texts, own_windows
 
 DRAFT_TOKENS = 4
+METHODS = ("FIT, corpus", "FIT, own text", "uniform", "SWIFT's search", "greedy removal", "auto")
 BRIDGES = {"affine": ("affine", 0), "rank 64": ("low-rank", 64)}
 
 
@@ -81,14 +79,15 @@ class RealBench(Bench):
         """What each method keeps."""
         budget = self.n - dropped
         by_fit = lambda scores: KeepSet.of(sorted(ranked_layers(scores)[:budget]))  # noqa: E731
-        return {
-            "FIT, corpus": by_fit(self.corpus),
-            "FIT, own text": by_fit(self.own),
-            "uniform": self.uniform(budget)[0],
-            "SWIFT's search": self.swift(budget)[0],
-            "greedy removal": self.greedy(budget)[0],
-            "auto": self.auto(budget)[0],
-        }
+        found = (
+            by_fit(self.corpus),
+            by_fit(self.own),
+            self.uniform(budget)[0],
+            self.swift(budget)[0],
+            self.greedy(budget)[0],
+            self.auto(budget)[0],
+        )
+        return dict(zip(METHODS, found, strict=True))
 
     def judged(self, method: str, dropped: int, keep: KeepSet, fitter: BridgeFitter) -> dict[str, Any]:
         """A row of the table."""
@@ -127,11 +126,17 @@ def main() -> None:
     for dropped in asked.dropped:
         with console.status(f"{dropped} layers dropped"):
             rows += [bench.judged(m, dropped, k, fitter) for m, k in bench.chosen(dropped).items()]
-    console.print(_table(rows))
-    content = {
+        console.print(_table(rows[-len(METHODS) :]))
+        if asked.out:  # after each: what was measured is kept if the rest is interrupted
+            save_results(asked.out, _content(asked.model, folder, bench, rows))
+
+
+def _content(model: str, folder: Path, bench: RealBench, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "date": str(date.today()),
+        "command": f"python -m benchmarks.studies.layers_dropped {folder.name} --plan PLAN",
         "model": folder.name,
-        "weights": weights_of(asked.model, folder),
+        "weights": weights_of(model, folder),
         "layers": bench.n,
         "draft_tokens": DRAFT_TOKENS,
         "test_chats": len(bench.test.text.ids),
@@ -139,8 +144,6 @@ def main() -> None:
         "git_sha": git_sha(),
         "rows": rows,
     }
-    if asked.out:
-        save_results(asked.out, content)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

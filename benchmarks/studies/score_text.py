@@ -1,6 +1,6 @@
 """Which text should Fisher traces be taken on: what the target writes, or the calibration text?
 
-    python benchmarks/studies/score_text.py MODEL [--dtype float32] [--sequences 8] [--out FILE]
+    python -m benchmarks.studies.score_text MODEL [--dtype float32] [--sequences 8] [--out FILE]
 
 Each branch is skipped alone and the draft's first step compared with the full model's on chats that were not scored
 (overlap of the two distributions, the chance that a sampled draft is accepted). A score is good if it orders branches as
@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sdfp_vllm.fit.first_step import FirstStep
-from sdfp_vllm.fit.fisher import fisher_scores
-from sdfp_vllm.fit.moves import without
-from sdfp_vllm.fit.options import DTYPES, PlanOptions
-from sdfp_vllm.fit.rollout import DraftRollout, greedy_continuations
-from sdfp_vllm.fit.stack import DecoderStack, load_target
-from sdfp_vllm.fit.texts import Texts, own_windows
-from sdfp_vllm.machine import processor
+from sdfp_vllm.common.checkpoint import load_tokenizer
+from sdfp_vllm.common.machine import processor
+from sdfp_vllm.common.provenance import weights_of
+from sdfp_vllm.common.results_file import save_results
+from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import BRANCHES
-from sdfp_vllm.provenance import weights_of
-from sdfp_vllm.results_file import save_results
-from sdfp_vllm.source_tree import git_sha
-from sdfp_vllm.tokenizer import load_tokenizer
+from sdfp_vllm.planner.first_step import FirstStep
+from sdfp_vllm.planner.fisher import fisher_scores
+from sdfp_vllm.planner.moves import without
+from sdfp_vllm.planner.options import DTYPES, PlanOptions
+from sdfp_vllm.planner.rollout import DraftRollout, greedy_continuations
+from sdfp_vllm.planner.stack import DecoderStack, load_target
+from sdfp_vllm.planner.texts import Texts, own_windows
 
 
 def main() -> None:

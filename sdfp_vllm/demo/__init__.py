@@ -1,0 +1,1 @@
+"""`sdfp demo`: a plan and plain vLLM compared on chats, for any model."""

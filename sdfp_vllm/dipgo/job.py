@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from sdfp_vllm import __version__
+from sdfp_vllm.common.progress import Stages, stages
+from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.dipgo.budget import check_cost, gates_at_budget
 from sdfp_vllm.dipgo.cost import Cost, CostName
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint
@@ -41,8 +43,6 @@ from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.stopwatch import measure_latency
 from sdfp_vllm.dipgo.surrogate import record
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.fit.progress import Stages, stages
-from sdfp_vllm.source_tree import git_sha
 
 STATE_FILE = ".dipgo-search-partial.pt"
 # Seeds of images: those recorded, those that gates are compared on, those that decide how far refinement is believed,

@@ -27,9 +27,6 @@ def load_pipeline(folder: str | Path, dtype: str = "float32") -> Any:
         raise SdfpError(
             "DiP-GO", "diffusers is not installed", "Install it: pip install 'sdfp-vllm[diffusion]'."
         ) from e
-    # diffusers takes a component's class only from a module that was imported before.
-    import sdfp_vllm.dipgo.digits.identity_vae  # noqa: F401
-
     if dtype not in _DTYPES:
         raise SdfpError("--dtype", f"{dtype} is unknown", f"Choose from {', '.join(_DTYPES)}.")
     folder = Path(folder)

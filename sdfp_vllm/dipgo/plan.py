@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdfp_vllm.common.json_file import read_plan, write_plan
 from sdfp_vllm.dipgo.cost import CostName
 from sdfp_vllm.dipgo.fingerprint import PipelineFingerprint, SchedulerFingerprint
 from sdfp_vllm.dipgo.latency import Latency
 from sdfp_vllm.dipgo.layout import Gates, Unit
 from sdfp_vllm.dipgo.macs import MacCount
-from sdfp_vllm.plan_file import read_plan, write_plan
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "dipgo.json"

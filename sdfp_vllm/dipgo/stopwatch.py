@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from sdfp_vllm.common.machine import processor
 from sdfp_vllm.dipgo.latency import Latency
 from sdfp_vllm.dipgo.layout import Gates, Layout
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.dipgo.sampling import Sampler
-from sdfp_vllm.machine import processor
 
 REPEATS = 5
 _SEED = 4_000_000

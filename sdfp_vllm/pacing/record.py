@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sdfp_vllm.interpolate import at_rows, fastest_rows
+from sdfp_vllm.common.interpolate import at_rows, fastest_rows
 
 # Confidence is the draft's largest probability. Narrow bins at the top, where most drafts are.
 CONFIDENCE_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)

@@ -1,7 +1,7 @@
 """Bridge: a small closed-form map that stands in for a run of skipped layers.
 
 A dropped layer is the identity on the residual stream; a bridge is the next cheapest thing. It is
-fitted offline (`fit/bridges.py`), stored beside the plan (`bridge_file.py`) and applied on entry
+fitted offline (`planner/bridges.py`), stored beside the plan (`bridge_file.py`) and applied on entry
 into the next kept layer (`kernels/skip_residual_rms_norm.py`).
 """
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sdfp_vllm.interpolate import at_rows, fastest_rows
+from sdfp_vllm.common.interpolate import at_rows, fastest_rows
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import Precision
 

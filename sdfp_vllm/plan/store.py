@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sdfp_vllm.common.json_file import read_plan, write_atomically, write_plan
 from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
 from sdfp_vllm.plan.model_files import asked_revision
 from sdfp_vllm.plan.parcel import BRIDGE_FILE, HEAD_FILE, PLAN_FILE, PlanParcel
 from sdfp_vllm.plan.schema import SCHEMA_VERSION, SkipPlan
-from sdfp_vllm.plan_file import read_plan, write_atomically, write_plan
 
 
 def save_plan(

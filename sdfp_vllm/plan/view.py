@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from sdfp_vllm.plan.keep import Branch, KeepSet
 
-# Weights as they are, or rounded: the arithmetic of each is in `sdfp_vllm/rounding.py`.
+# Weights as they are, or rounded: the arithmetic of each is in `sdfp_vllm/plan/rounding.py`.
 Precision = Literal["full", "int8", "fp8", "int4", "mxfp4"]
 Mode = Literal["skip", "full", "int8", "fp8", "int4", "mxfp4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

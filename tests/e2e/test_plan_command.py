@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy
-from engines import assert_identical, engine, spec_counters, tokens
+
+from tests import toy
+from tests.support.engines import assert_identical, engine, spec_counters, tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

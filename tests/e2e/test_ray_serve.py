@@ -17,10 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import servers
-import toy
 import yaml
-from engines import engine, write_plan
+
+from tests import toy
+from tests.support import servers
+from tests.support.engines import engine, write_plan
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.engine, pytest.mark.more]

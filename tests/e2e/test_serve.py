@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import servers
-import toy
 
 from sdfp_vllm.plan.fingerprint import fingerprint
 from sdfp_vllm.plan.store import default_plan_dir
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-from engines import write_plan
+from tests import toy
+from tests.support import servers
+from tests.support.engines import write_plan
 
 pytestmark = pytest.mark.engine
 
@@ -60,8 +57,9 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def plain() -> str:
-    from engines import engine
     from vllm import SamplingParams
+
+    from tests.support.engines import engine
 
     with engine(MODEL) as llm:
         out = llm.generate(PROMPT, SamplingParams(max_tokens=48, temperature=0.0), use_tqdm=False)

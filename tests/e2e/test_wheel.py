@@ -13,10 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import servers
-import toy
 
 from sdfp_vllm import __version__
+from tests import toy
+from tests.support import servers
 
 pytestmark = [pytest.mark.engine, pytest.mark.more]
 
@@ -67,7 +67,7 @@ def python(wheel, tmp_path_factory) -> Path:
 
 def run(python: Path, *words: str, cwd: Path, **env: str) -> str:
     done = subprocess.run(
-        [str(python), "-m", "sdfp_vllm.cli", *words],
+        [str(python), "-m", "sdfp_vllm.cli.app", *words],
         cwd=cwd,
         env=os.environ | env,
         capture_output=True,

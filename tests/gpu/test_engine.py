@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import engine, runner, spec_counters, tokens
-from fixtures import kept, plan, prompts, target  # noqa: F401
+
+from tests.support.engines import engine, runner, spec_counters, tokens
+from tests.support.fixtures import kept, plan, prompts, target  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

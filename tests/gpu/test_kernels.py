@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_draft_begin import a_round, check_round
-from test_draft_step import a_step, check_step
-from test_skip_residual_rms_norm import EPS, KINDS, in_float64, make_bridge
-from tolerance import close, random_like
 
 from sdfp_vllm.kernels.draft_begin import draft_begin
 from sdfp_vllm.kernels.draft_step import DraftWorkspace, KvSlots, draft_step
 from sdfp_vllm.kernels.embed_rms_norm import embed_rms_norm
 from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
 from sdfp_vllm.plan.bridge import Bridge
+from tests.kernels.test_draft_begin import a_round, check_round
+from tests.kernels.test_draft_step import a_step, check_step
+from tests.kernels.test_skip_residual_rms_norm import EPS, KINDS, in_float64, make_bridge
+from tests.support.tolerance import close, random_like
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

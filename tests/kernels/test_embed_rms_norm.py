@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import close, random_like, strided, unharmed
 
 from sdfp_vllm.kernels.embed_rms_norm import embed_rms_norm, reference
+from tests.support.tolerance import close, random_like, strided, unharmed
 
 EPS, VOCAB = 1e-5, 50
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 import torch
-from tolerance import close, random_like, strided, unharmed
 
 from sdfp_vllm.kernels import skip_residual_rms_norm as module
 from sdfp_vllm.kernels.skip_residual_rms_norm import reference, skip_residual_rms_norm
 from sdfp_vllm.plan.bridge import Bridge
+from tests.support.tolerance import close, random_like, strided, unharmed
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,12 +9,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_skip_residual_rms_norm import EPS, in_float64, make_bridge
-from tolerance import close, random_like, strided, unharmed
 
 from sdfp_vllm.kernels import skip_residual_rms_norm as unrounded
 from sdfp_vllm.kernels.skip_residual_rms_norm_rounded import reference, skip_residual_rms_norm_rounded
 from sdfp_vllm.plan.bridge import Bridge
+from tests.kernels.test_skip_residual_rms_norm import EPS, in_float64, make_bridge
+from tests.support.tolerance import close, random_like, strided, unharmed
 
 OPS = pytest.mark.parametrize("op", [skip_residual_rms_norm_rounded, reference], ids=["kernel", "reference"])
 PRECISIONS = pytest.mark.parametrize("precision", ["int8", "fp8"])

@@ -11,8 +11,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from test_dipgo_runtime import count_executions, gates_of, make_plan
-from tiny_pipelines import STEPS, tiny_sampler
 from vllm_omni.diffusion.cache import selector
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.cache.teacache import TeaCacheBackend
@@ -26,6 +24,8 @@ from sdfp_vllm.dipgo import apply_dipgo, omni
 from sdfp_vllm.dipgo.layout import layout_of
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 from sdfp_vllm.errors import PlanError, SdfpError
+from tests.support.tiny_pipelines import STEPS, tiny_sampler
+from tests.unit.dipgo.test_dipgo_runtime import count_executions, gates_of, make_plan
 
 RUNNER = "vllm_omni.diffusion.worker.diffusion_model_runner"
 _UPSTREAM = selector.get_cache_backend

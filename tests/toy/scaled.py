@@ -10,7 +10,7 @@ import torch
 
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.store import plans_root
-from toy.widen import read_config, widen, widened_bytes
+from tests.toy.widen import read_config, widen, widened_bytes
 
 PACKAGED = Path(__file__).parent
 

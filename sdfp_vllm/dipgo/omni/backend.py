@@ -9,7 +9,6 @@ from diffusers import DiffusionPipeline
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 
-from sdfp_vllm.dipgo.omni import BACKEND
 from sdfp_vllm.dipgo.plan import load_plan
 from sdfp_vllm.dipgo.runtime import Skipping, apply_dipgo
 from sdfp_vllm.errors import SdfpError
@@ -36,7 +35,7 @@ class DipgoBackend(CacheBackend):
         path = getattr(config, "plan", None)
         if not isinstance(path, str) or not path:
             raise SdfpError(
-                f'cache_backend="{BACKEND}"',
+                'cache_backend="dipgo"',
                 "cache_config names no plan",
                 'Give one: cache_config={"plan": "FOLDER"}, made with `sdfp dipgo search`.',
             )
@@ -95,7 +94,7 @@ def _diffusers_pipeline(pipeline: Any) -> DiffusionPipeline:
     inner = getattr(pipeline, "_pipeline", None)  # of DiffusersAdapterPipeline
     if not isinstance(inner, DiffusionPipeline):
         raise SdfpError(
-            f'cache_backend="{BACKEND}"',
+            'cache_backend="dipgo"',
             f"{type(pipeline).__name__} is one of vLLM-Omni's own pipelines, and plans are for diffusers' models",
             'Load the model with diffusion_load_format="diffusers", or choose another cache_backend.',
         )

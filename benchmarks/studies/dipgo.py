@@ -1,0 +1,329 @@
+"""Ways to spend less on the digits diffusion models, in one run and one table, on the same noise seeds.
+
+    python -m benchmarks.studies.dipgo dit  --out benchmarks/results/dipgo_dit.json
+    python -m benchmarks.studies.dipgo unet --out benchmarks/results/dipgo_unet.json [--rivals FOLDER]
+    python -m benchmarks.studies.dipgo unet --only-ours --out benchmarks/results/dipgo_unet_ours.json
+
+Every method gets at most the budget's share of the full run's MACs, give or take 0.5 % of them for
+what always runs. Searches see other seeds than
+the table does. `latency` is CPU time over the full run's, one thread, medians of runs that take
+turns; `search` is CPU seconds. The learned search is given far fewer iterations than the
+paper's thousand. FOLDER holds DeepCache and cache-dit (pip install --no-deps --target
+FOLDER DeepCache cache-dit); without it they are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from examples.digits import GUIDANCE
+from sdfp_vllm.common.progress import stages
+from sdfp_vllm.common.provenance import provenance
+from sdfp_vllm.common.results_file import save_results
+from sdfp_vllm.dipgo.budget import gates_at_budget
+from sdfp_vllm.dipgo.job import SearchOptions, find, task_of
+from sdfp_vllm.dipgo.layout import Gates
+from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
+from sdfp_vllm.dipgo.quality import psnr, ssim
+from sdfp_vllm.dipgo.refine import Task, log_error
+from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
+from tests.toy.digits.judge import judge
+from tests.toy.digits.pipelines import digits_folder, digits_pipeline
+
+BUDGETS = (0.75, 0.5, 0.35, 0.25)
+STEPS = 20
+SLACK = 0.005
+GREEDY_SEEDS = [5_000_000 + i for i in range(8)]
+TEST_SEED = 9_500_000
+
+
+@dataclass
+class Entry:
+    """One line of the results. `latents` is dropped before saving."""
+
+    method: str
+    budget: float
+    compute: float
+    search_seconds: float
+    latency: float = 1.0
+    psnr: float = 0.0
+    ssim: float = 0.0
+    accuracy: float = 0.0
+    fid: float = 0.0
+
+
+Run = Callable[[], Tensor]
+
+
+class Bench:
+    def __init__(self, name: str, images: int, console: Console):
+        self.name, self.console = name, console
+        self.pipe = digits_pipeline(name)  # type: ignore[arg-type]
+        self.conditions = load_conditions(self.pipe, digits_folder(name))  # type: ignore[arg-type]
+        self.sampler = Sampler(self.pipe, self.conditions, STEPS, GUIDANCE)
+        self.seeds = [TEST_SEED + i for i in range(images)]
+        self.runs: list[tuple[Entry, Run]] = []
+        self.step_task = task_of(self.sampler, "step", "output", 0, 1.0)
+
+    def call(self, seeds: list[int]) -> Tensor:
+        """The pipeline's public call, which rivals wrap; images in [-1, 1]."""
+        made = self.pipe(
+            **self.conditions.of(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            output_type="pt",
+        ).images
+        return made * 2 - 1
+
+    def gates(self, method: str, budget: float, task: Task, gates: Gates, seconds: float = 0.0) -> None:
+        gates = task.layout.closure(gates, task.reuse)
+        entry = Entry(method, budget, task.macs.share(gates), seconds)
+        self.runs.append((entry, lambda: task.run(gates, self.seeds)))
+        self.console.print(f"{method} at {budget:.0%}: {entry.compute:.1%} compute, search {seconds:.0f} s")
+
+
+def uniform(calls: int, units: int, count: int) -> Gates:
+    """`count` calls that run, evenly spaced from the first on."""
+    gates = np.zeros((calls, units), dtype=bool)
+    gates[np.floor(np.arange(count) * calls / count).astype(int)] = True
+    return gates
+
+
+def most_uniform(task: Task, budget: float) -> Gates:
+    calls, units = task.sampler.calls, len(task.layout.units)
+    fitting = [
+        g for n in range(1, calls + 1) if task.macs.share(g := uniform(calls, units, n)) <= budget + SLACK
+    ]
+    return fitting[-1]
+
+
+def greedy_steps(task: Task, budgets: tuple[float, ...]) -> Iterator[tuple[float, Gates]]:
+    """Removes whole calls one by one, each time the one whose removal costs least, measured on real generations."""
+    with torch.no_grad():
+        full = task.sampler.latents(GREEDY_SEEDS)
+    gates = np.ones((task.sampler.calls, 1), dtype=bool)
+    for budget in budgets:
+        while task.macs.share(gates) > budget + SLACK:
+            trials = []
+            for t in range(1, len(gates)):
+                if gates[t, 0]:
+                    trial = gates.copy()
+                    trial[t, 0] = False
+                    trials.append(trial)
+            gates = min(trials, key=lambda g: log_error(task.run(g, GREEDY_SEEDS), full))
+        yield budget, gates.copy()
+
+
+@contextlib.contextmanager
+def cpu_seconds() -> Iterator[list[float]]:
+    spent: list[float] = []
+    began = time.process_time()
+    yield spent
+    spent.append(time.process_time() - began)
+
+
+def add_methods(bench: Bench, iterations: int) -> None:
+    sampler = bench.sampler
+    for budget in BUDGETS:
+        fewer = Sampler(bench.pipe, bench.conditions, int(budget * sampler.calls), GUIDANCE)
+        entry = Entry("native fewer steps", budget, fewer.calls / sampler.calls, 0.0)
+        bench.runs.append((entry, lambda s=fewer: s.latents(bench.seeds)))
+    for order, name in ((0, "uniform step reuse"), (1, "uniform step reuse, straight line")):
+        task = replace(bench.step_task, order=order)
+        for budget in BUDGETS:
+            bench.gates(name, budget, task, most_uniform(task, budget))
+    if bench.name == "dit":
+        for order, name in ((0, "uniform residual reuse"), (1, "uniform residual reuse, straight line")):
+            task = task_of(sampler, "block", "residual", order, 1.0)
+            for budget in BUDGETS:
+                bench.gates(name, budget, task, most_uniform(task, budget))
+    began = time.process_time()
+    for budget, gates in greedy_steps(bench.step_task, BUDGETS):
+        bench.gates("greedy step removal", budget, bench.step_task, gates, time.process_time() - began)
+
+    task = task_of(sampler, "block", "output", 0, 1.0)
+    settings = LearnSettings(
+        iterations=iterations, learning_rate=10.0 if bench.name == "dit" else 0.1, width=256
+    )
+    with (
+        cpu_seconds() as spent,
+        stages(bench.console) as progress,
+        progress.step("DiP-GO", iterations) as advance,
+    ):
+        scores = learn_scores(sampler, task.layout, task.macs, "output", settings, advance=advance)
+    for budget in BUDGETS:
+        gates = gates_at_budget(scores, budget, task.layout, task.macs, "output")
+        bench.gates(f"DiP-GO as in the paper, {iterations} iterations", budget, task, gates, spent[0])
+
+
+def add_ours(bench: Bench, rounds: int) -> None:
+    for budget in BUDGETS:
+        options = SearchOptions(steps=STEPS, budget=budget, guidance_scale=GUIDANCE, rounds=rounds)
+        with cpu_seconds() as spent, stages(bench.console) as progress:
+            found = find(bench.sampler, options, progress)
+        way = f"{found.granularity}, {found.task.reuse}, order {found.task.order}"
+        bench.console.print(f"ours at {budget:.0%}: {way}")
+        bench.gates("ours", budget, found.task, found.gates, spent[0])
+
+
+def add_rival(bench: Bench, name: str, settings: list[Any], on: Callable[[Any], Any], off: Callable) -> None:
+    """For each budget, the setting that fits it and is closest to the full run on the greedy search's seeds."""
+
+    def run(setting: Any, seeds: list[int]) -> Tensor:
+        handle = on(setting)
+        try:
+            return bench.call(seeds)
+        finally:
+            off(handle)
+
+    tried = []
+    with cpu_seconds() as spent:
+        full, whole = executed(lambda: bench.call(GREEDY_SEEDS))
+        for setting in settings:
+            made, macs = executed(lambda s=setting: run(s, GREEDY_SEEDS))
+            tried.append((macs / whole, log_error(made, full), setting))
+    for budget in BUDGETS:
+        fitting = [t for t in tried if t[0] <= budget + SLACK]
+        if not fitting:
+            bench.console.print(f"{name}: no setting within {budget:.0%}")
+            continue
+        share, _, setting = min(fitting, key=lambda t: t[1])
+        bench.console.print(f"{name} at {budget:.0%}: {share:.1%} compute, {setting}")
+        entry = Entry(f"{name} {setting}", budget, share, spent[0] if spent else 0.0)
+        bench.runs.append((entry, lambda s=setting: run(s, bench.seeds)))
+
+
+def executed(run: Run) -> tuple[Tensor, int]:
+    """What a run gives, and the MACs it really executes, for methods that decide as they go."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        made = run()
+    return made, counter.get_total_flops() // 2
+
+
+def add_deepcache(bench: Bench) -> None:
+    from DeepCache import DeepCacheSDHelper
+
+    def on(setting: tuple[int, int]) -> Any:
+        helper = DeepCacheSDHelper(pipe=bench.pipe)
+        helper.set_params(cache_interval=setting[0], cache_branch_id=setting[1])
+        helper.enable()
+        return helper
+
+    # (interval, branch)
+    add_rival(
+        bench, "DeepCache", [(i, b) for i in (2, 3, 4, 5, 7, 10) for b in (0, 3)], on, lambda h: h.disable()
+    )
+
+
+def add_cache_dit(bench: Bench) -> None:
+    import cache_dit
+
+    def on(setting: tuple[float, int, int]) -> None:
+        threshold, warm_up, row = setting
+        cache_dit.enable_cache(
+            bench.pipe,
+            cache_config=cache_dit.DBCacheConfig(
+                Fn_compute_blocks=1,
+                Bn_compute_blocks=0,
+                residual_diff_threshold=threshold,
+                max_warmup_steps=warm_up,
+                max_continuous_cached_steps=row,
+                num_inference_steps=STEPS,
+            ),
+            calibrator_config=cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1),
+        )
+
+    # (threshold, warm-up steps, cached steps in a row), with its first-order TaylorSeer
+    settings = [(t, w, r) for t in (0.1, 0.3, 10.0) for w in (1, 3) for r in (1, 2, 3, 5, 8)]
+    add_rival(bench, "cache-dit", settings, on, lambda _: cache_dit.disable_cache(bench.pipe))
+
+
+def measure(bench: Bench, repeats: int) -> list[Entry]:
+    with torch.no_grad():
+        full = bench.sampler.latents(bench.seeds)
+    labels = bench.conditions.of(bench.seeds)
+    classes = labels["class_labels"] if "class_labels" in labels else labels["prompt_embeds"][:, 0].argmax(-1)
+    classes = [int(c) for c in classes]
+    everything: list[tuple[Entry, Run]] = [
+        (Entry("full run", 1.0, 1.0, 0.0), lambda: bench.sampler.latents(bench.seeds)), *bench.runs
+    ]  # fmt: skip
+    seconds: list[list[float]] = [[] for _ in everything]
+    with stages(bench.console) as progress, progress.step("Measuring", repeats * len(everything)) as advance:
+        for _ in range(repeats):
+            for i, (entry, run) in enumerate(everything):
+                with torch.no_grad(), cpu_seconds() as spent:
+                    made = run()
+                seconds[i] += spent
+                entry.psnr, entry.ssim = psnr(made, full).mean().item(), ssim(made, full).mean().item()
+                entry.accuracy, entry.fid = judge().accuracy(made, classes), judge().fid(made)
+                advance(1, entry.method)
+    for (entry, _), spent in zip(everything, seconds, strict=True):
+        entry.latency = statistics.median(spent) / statistics.median(seconds[0])
+    return [entry for entry, _ in everything]
+
+
+def show(console: Console, title: str, entries: list[Entry]) -> None:
+    table = Table(title=title, title_justify="left")
+    for heading in ("budget", "method", "compute", "latency", "PSNR", "SSIM", "accuracy", "FID", "search s"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for e in sorted(entries, key=lambda e: (-e.budget, -e.psnr)):
+        table.add_row(
+            f"{e.budget:.0%}", e.method, f"{e.compute:.1%}", f"{e.latency:.2f}", f"{e.psnr:.2f}",
+            f"{e.ssim:.4f}", f"{e.accuracy:.1%}", f"{e.fid:.2f}", f"{e.search_seconds:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", choices=["dit", "unet"])
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--images", type=int, default=64)
+    p.add_argument("--repeats", type=int, default=2)
+    p.add_argument("--iterations", type=int, default=100, help="of the learned search")
+    p.add_argument("--rounds", type=int, default=2, help="of refinement")
+    p.add_argument("--only-ours", action="store_true")
+    p.add_argument("--rivals", type=Path, help="folder with DeepCache and cache-dit")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=130)
+    began = time.time()
+    bench = Bench(a.model, a.images, console)
+    if a.rivals:
+        sys.path.append(str(a.rivals))
+        (add_cache_dit if a.model == "dit" else add_deepcache)(bench)
+    if not a.only_ours:
+        add_methods(bench, a.iterations)
+    add_ours(bench, a.rounds)
+    entries = measure(bench, a.repeats)
+    title = f"Digits {a.model}: {STEPS} steps {type(bench.pipe.scheduler).__name__}, guidance {GUIDANCE:g}, {a.images} images"
+    show(console, title, entries)
+    content = {
+        "title": title,
+        "settings": {k: str(v) for k, v in vars(a).items()},
+        "entries": [asdict(e) for e in entries],
+        "provenance": provenance(),
+        "wall_seconds": time.time() - began,
+    }
+    save_results(a.out, content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

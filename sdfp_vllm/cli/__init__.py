@@ -1,0 +1,1 @@
+"""The `sdfp` command: a file for each of its commands."""

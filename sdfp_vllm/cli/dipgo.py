@@ -1,0 +1,124 @@
+"""`sdfp dipgo`: search and show plans for diffusion pipelines. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+dipgo_app = typer.Typer(no_args_is_help=True, help="Skip the work a diffusion model hardly needs (DiP-GO).")
+
+_Out = Annotated[Path, typer.Option("-o", "--out", help="Plan file (.json) or folder for it.")]
+
+_Cost = Annotated[
+    str, typer.Option(help="What a budget is a share of: macs, or latency as measured on this machine.")
+]
+
+
+@dipgo_app.command("search")
+def search_command(
+    pipeline: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline.")],
+    steps: Annotated[int, typer.Option(help="num_inference_steps the plan is for.")] = 50,
+    budget: Annotated[float, typer.Option(help="Share of the full run to spend, in --cost.")] = 0.5,
+    cost: _Cost = "macs",
+    latency_images: Annotated[
+        int, typer.Option(help="Images generated at once when latency is measured.")
+    ] = 1,
+    method: Annotated[
+        str, typer.Option(help="fisher (recorded sensitivities, refined) or learned (the paper's pruner).")
+    ] = "fisher",
+    granularity: Annotated[
+        str | None, typer.Option(help="block or step (default: fisher tries both, learned takes block).")
+    ] = None,
+    reuse: Annotated[
+        str | None, typer.Option(help="output, or residual: what a block adds (transformers only).")
+    ] = None,
+    order: Annotated[
+        int | None,
+        typer.Option(help="0 reuses the last value, 1 the straight line through two (default: tried)."),
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Of the pipeline's call.")] = 4.0,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt per line.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    images: Annotated[int, typer.Option(help="Images a recording runs at once.")] = 8,
+    projections: Annotated[int, typer.Option(help="Backward passes of a recording.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds of refinement on real generations.")] = 4,
+    test_images: Annotated[int, typer.Option(help="Images the plan's quality is stated on.")] = 16,
+    iterations: Annotated[int, typer.Option(help="Of the learned search.")] = 200,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the learned search (default: the paper's 0.1, transformers 10).")
+    ] = None,
+    consistency: Annotated[str, typer.Option(help="Loss of the learned search: ssim or latents.")] = "ssim",
+    seed: Annotated[int, typer.Option()] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a learned search.")] = False,
+    out: _Out = Path("."),
+) -> None:
+    """Finds which blocks of PIPELINE need not run in which steps, and writes the plan."""
+    from rich.console import Console
+
+    from sdfp_vllm.common.terminal import console
+    from sdfp_vllm.dipgo.job import SearchOptions, search
+    from sdfp_vllm.dipgo.plan import plan_path
+    from sdfp_vllm.dipgo.report import verdict
+
+    options = SearchOptions(
+        steps=steps,
+        budget=budget,
+        cost=cost,  # type: ignore[arg-type]
+        latency_images=latency_images,
+        method=method,  # type: ignore[arg-type]  # search() refuses what it does not know
+        granularity=granularity,  # type: ignore[arg-type]
+        reuse=reuse,  # type: ignore[arg-type]
+        order=order,
+        guidance_scale=guidance_scale,
+        prompts=prompts,
+        dtype=dtype,
+        images=images,
+        projections=projections,
+        rounds=rounds,
+        test_images=test_images,
+        iterations=iterations,
+        learning_rate=learning_rate,
+        consistency=consistency,  # type: ignore[arg-type]
+        seed=seed,
+        resume=resume,
+    )
+    plan = search(pipeline, options, plan_path(out), Console(stderr=True))
+    path = plan.save(out)
+    console().print(f"{verdict(plan)}\nPlan: {path}", soft_wrap=True)
+
+
+@dipgo_app.command("show")
+def show_command(
+    plan: Annotated[Path, typer.Argument(help="Plan file or its folder.")],
+    png: Annotated[Path | None, typer.Option(help="Draw the gates into this file.")] = None,
+) -> None:
+    """Show a plan: which units run in which call, what that costs, how close the images are."""
+    from sdfp_vllm.common.terminal import console
+    from sdfp_vllm.dipgo.plan import load_plan
+    from sdfp_vllm.dipgo.report import draw_png, tables
+
+    loaded = load_plan(plan)
+    console().print(tables(loaded))
+    if png:
+        draw_png(loaded, png)
+        typer.echo(f"Wrote {png}")
+
+
+@dipgo_app.command("budget")
+def budget_command(
+    plan: Annotated[Path, typer.Argument(help="Plan of a learned search.")],
+    budget: Annotated[float, typer.Argument(help="Share of the full run to spend, in --cost.")],
+    out: _Out,
+    cost: _Cost = "macs",
+) -> None:
+    """Make a plan for another budget from a learned search, without searching again."""
+    from sdfp_vllm.common.terminal import console
+    from sdfp_vllm.dipgo.budget import rebudget
+    from sdfp_vllm.dipgo.plan import load_plan
+    from sdfp_vllm.dipgo.report import verdict
+
+    made = rebudget(load_plan(plan), budget, cost)  # type: ignore[arg-type]  # refuses what it does not know
+    path = made.save(out)
+    console().print(f"{verdict(made)}\nPlan: {path}", soft_wrap=True)

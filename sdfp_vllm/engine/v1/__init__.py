@@ -1,0 +1,1 @@
+"""Drafting on the V1 runner of vLLM."""

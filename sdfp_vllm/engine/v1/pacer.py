@@ -1,0 +1,241 @@
+"""Pacer: lets a DraftPolicy decide every round of the V1 runner, per request.
+
+The policy counts in tokens and milliseconds; this is its link to the runner's batch: who is in it,
+what the context of each offers to copy, what became of the drafts of the round before. Needs drafts
+that may differ in number between requests, so synchronous scheduling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdfp_vllm.engine.upstream.symbols import SamplingMetadata
+from sdfp_vllm.pacing.ngram import latest_longest_match
+from sdfp_vllm.pacing.policy import GREEDY, SAMPLED, DraftPolicy, Round, Row
+
+GREEDY_BELOW = 1e-5  # vLLM's own bound: a lower temperature is greedy
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """What one draft step gave: int64 [batch] tokens, their distributions where sampled, float32 [batch] confidence."""
+
+    tokens: torch.Tensor
+    probs: torch.Tensor | None
+    confidence: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the target just computed, on the host.
+
+    Attributes:
+        tokens, positions: Fed to it, per request: the token before the drafts, then the drafts.
+        accepted: Drafts accepted, per request.
+        sampled: The token sampled after the last accepted one, per request.
+    """
+
+    tokens: list[list[int]]
+    positions: list[list[int]]
+    accepted: list[int]
+    sampled: list[int]
+
+    @staticmethod
+    def read(
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        starts: torch.Tensor,
+        last: torch.Tensor,
+        sampled: torch.Tensor,
+    ) -> Verified:
+        """Args: int [T] tokens and positions, int [batch + 1] first index of each request, int [batch] last accepted
+        index and sampled token."""
+        bounds = starts.tolist()
+        spans = list(itertools.pairwise(bounds))
+        t, p = tokens[: bounds[-1]].tolist(), positions[: bounds[-1]].tolist()
+        return Verified(
+            [t[a:b] for a, b in spans],
+            [p[a:b] for a, b in spans],
+            [i - a for (a, _), i in zip(spans, last.tolist(), strict=True)],
+            sampled.tolist(),
+        )
+
+
+@dataclass
+class Tally:
+    """What an engine's rounds came to, for benchmarks and tests.
+
+    Attributes:
+        rounds: How often requests, all of them drafted for before, met (batch size, rows just verified, draft steps
+            that followed). The steps after a prefill are left out, as is the prefill.
+        model_drafts, copied_drafts: Tokens drafted by the model, and copied from the context.
+    """
+
+    rounds: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    model_drafts: int = 0
+    copied_drafts: int = 0
+
+    def add(self, round: Round, verified: int | None) -> None:
+        if verified is not None:
+            self.rounds[round.batch, verified, round.steps] += 1
+        self.model_drafts += sum(row.drafts for row in round.rows if not row.copies)
+        self.copied_drafts += sum(row.drafts for row in round.rows if row.copies)
+
+
+class Pacer:
+    """Paces the drafts of one engine.
+
+    Args:
+        policy: Decides.
+        runner: vLLM's V1 model runner; read late.
+        copies: Whether drafts may be copied from the context.
+        timed: Whether this worker's clock corrects the plan's costs; not where several workers must decide alike.
+    """
+
+    def __init__(self, policy: DraftPolicy, runner: Any, copies: bool, timed: bool):
+        self.policy, self._runner, self.copies, self.timed = policy, runner, copies, timed
+        self._left = 0.0  # when the last round's drafting ended
+        self._open: tuple[Round, list[str], list[int]] | None = None
+        self.tally = Tally()
+
+    def paces(self, sampling: SamplingMetadata) -> bool:
+        """Whether rounds of this batch may differ in length: not where a seed must repeat its draws."""
+        if sampling.generators:
+            self._open = None
+        return not sampling.generators
+
+    def propose(
+        self, verified: Verified, steps: Iterator[DraftStep], sampling: SamplingMetadata
+    ) -> tuple[list[list[int]], torch.Tensor | None]:
+        """Settles the last round, decides the next and runs what draft steps it wants.
+
+        Args:
+            steps: Runs one draft step for the whole batch at each `next`.
+
+        Returns:
+            The drafts per request, and their distributions, float32 [batch, longest, vocabulary], where sampled.
+        """
+        came = time.perf_counter()
+        ids = list(self._runner.input_batch.req_ids)
+        count = sum(map(len, verified.tokens))
+        settled = self._settle(ids, verified)
+        if settled and self.timed:
+            self.policy.costs.verified(count, (came - self._left) * 1e3)
+        rows = self._rows(verified, sampling)
+        round = self.policy.begin(rows)
+        drafts: list[list[int]] = [
+            row.match.tokens[: row.drafts] if row.copies and row.match else [] for row in rows
+        ]
+        probs: list[torch.Tensor] = []
+        while round.goes_on():
+            began = time.perf_counter()
+            step = next(steps)
+            assert step.confidence is not None
+            confidence = step.confidence.tolist()
+            if self.timed:
+                self.policy.costs.stepped(round.batch, (time.perf_counter() - began) * 1e3)
+            kept = round.saw(confidence)
+            for draft, token, keep in zip(drafts, step.tokens.tolist(), kept, strict=True):
+                if keep:
+                    draft.append(token)
+            if step.probs is not None:
+                probs.append(step.probs)
+        self._open = (
+            round,
+            ids,
+            [p[0] + n + 1 for p, n in zip(verified.positions, verified.accepted, strict=True)],
+        )
+        self.tally.add(round, count if settled else None)
+        out = None if sampling.all_greedy else _distributions(drafts, rows, probs)
+        self._left = time.perf_counter()
+        return drafts, out
+
+    def _rows(self, verified: Verified, sampling: SamplingMetadata) -> list[Row]:
+        batch = self._runner.input_batch
+        waits = self._runner.discard_request_mask.np[: len(verified.tokens)].tolist()
+        temperature = sampling.temperature
+        sampled = [False] * len(waits)
+        if not sampling.all_greedy and temperature is not None:
+            sampled = (temperature[: len(waits)] >= GREEDY_BELOW).tolist()
+        rows = []
+        for i, (wait, draws) in enumerate(zip(waits, sampled, strict=True)):
+            row = Row(None if wait else SAMPLED if draws else GREEDY, most=self._tokens_left(i, verified) - 1)
+            if self.copies and not wait:
+                row.match = latest_longest_match(self._context(batch, i, verified), self.policy.longest)
+            rows.append(row)
+        return rows
+
+    def _tokens_left(self, i: int, verified: Verified) -> int:
+        """Tokens that request i may still be given after the one just sampled."""
+        request = self._runner.requests[self._runner.input_batch.req_ids[i]]
+        given = verified.positions[i][0] + verified.accepted[i] + 2 - request.num_prompt_tokens
+        return (request.sampling_params.max_tokens or 1 << 30) - given
+
+    @staticmethod
+    def _context(batch: Any, i: int, verified: Verified) -> np.ndarray:
+        """Every token of request i up to the one just sampled; the batch holds those up to the last step's.
+
+        A prompt of embeddings has no ids, and what the batch holds in their place was somebody else's.
+        """
+        known = int(batch.num_tokens_no_spec[i])
+        begin = int(batch.num_prompt_tokens[i]) if i in batch.req_prompt_embeds else 0
+        accepted = verified.accepted[i]
+        end = verified.positions[i][0] + accepted + 1  # tokens before the one just sampled
+        new = verified.tokens[i][accepted + 1 - (end - known) : accepted + 1] if end > known else []
+        return np.concatenate([batch.token_ids_cpu[i, begin : min(known, end)], [*new, verified.sampled[i]]])
+
+    def _settle(self, ids: Sequence[str], verified: Verified) -> bool:
+        """Tells the policy what became of the last round; whether all that was just verified was of that round."""
+        if self._open is None:
+            return False
+        (round, asked, positions), self._open = self._open, None
+        where = {request: i for i, request in enumerate(ids)}
+        stayed = len(where.keys() & set(asked))
+        self.policy.places.observe(stayed, len(asked) - stayed, len(ids) - stayed)
+        seen = 0
+        accepted, tried = [], []
+        for row, request, position in zip(round.rows, asked, positions, strict=True):
+            i = where.get(request, -1)
+            if row.kind is None or i < 0 or verified.positions[i][0] != position:
+                row.kind = None  # in its prefill, or gone: finished, aborted, preempted
+                accepted.append(0)
+                tried.append(0)
+                continue
+            seen += 1
+            accepted.append(verified.accepted[i])
+            tried.append(len(verified.tokens[i]) - 1)
+            if row.match:
+                came = verified.tokens[i][1 : verified.accepted[i] + 1]
+                self.policy.learn_copying(row.match, [*came, verified.sampled[i]])
+        self.policy.settle(round, accepted, tried)
+        return seen == len(ids)
+
+
+def _distributions(
+    drafts: list[list[int]], rows: list[Row], probs: list[torch.Tensor]
+) -> torch.Tensor | None:
+    """What each draft was drawn from, float32 [batch, longest, vocabulary]; None where all were copied.
+
+    A copied token is drawn from a distribution that is all on it. (Drafts without distributions are
+    taken for just that, so a round of copies alone needs none.)
+    """
+    if not probs:
+        return None
+    batch, vocabulary = probs[0].shape
+    longest = max(len(probs), max(map(len, drafts)))
+    out = probs[0].new_zeros(batch, longest, vocabulary)
+    for j, q in enumerate(probs):
+        out[:, j] = q
+    for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+        if row.copies:
+            out[i].zero_()
+            out[i, range(len(draft)), draft] = 1.0
+    return out

@@ -1,0 +1,1 @@
+"""Drafting on the V2 runner of vLLM."""

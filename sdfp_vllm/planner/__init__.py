@@ -1,0 +1,1 @@
+"""The offline job: from a model and text to a plan."""

@@ -1,0 +1,183 @@
+"""The offline job behind `sdfp plan`: model in, plan out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from torch import Tensor
+
+from sdfp_vllm.common.checkpoint import load_tokenizer
+from sdfp_vllm.common.progress import stages
+from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
+from sdfp_vllm.plan.schema import LayerScore, SkipPlan
+from sdfp_vllm.plan.store import default_plan_dir, save_plan
+from sdfp_vllm.plan.view import BRANCHES
+from sdfp_vllm.planner.admission import admit
+from sdfp_vllm.planner.assemble import assemble
+from sdfp_vllm.planner.choose import choose
+from sdfp_vllm.planner.cost import measure_costs
+from sdfp_vllm.planner.engine_check import overheads_of, with_check
+from sdfp_vllm.planner.fisher import fisher_scores, layer_scores
+from sdfp_vllm.planner.fisher_sums import FisherSums
+from sdfp_vllm.planner.head_search import check_head
+from sdfp_vllm.planner.options import DTYPES, PlanOptions
+from sdfp_vllm.planner.prospects import refuse_hopeless
+from sdfp_vllm.planner.rollout import greedy_continuations
+from sdfp_vllm.planner.rounded import fused_linears, usable_precisions
+from sdfp_vllm.planner.scores import with_rounding
+from sdfp_vllm.planner.search import MAX_TRIED, check_request
+from sdfp_vllm.planner.stack import DecoderStack, load_target
+from sdfp_vllm.planner.texts import CHECKED, Texts, own_windows
+from sdfp_vllm.planner.window_search import long_texts, with_window
+from sdfp_vllm.planner.work import Work
+
+
+def make_plan(
+    model: str, *, out: Path | None = None, console: Console | None = None, **requests: Any
+) -> SkipPlan:
+    """Makes the plan of `model` and saves it.
+
+    Interrupted, it leaves no plan, only the finished part of the Fisher scores in the output
+    folder, from which `resume` goes on. Interrupted in the check at its end, it leaves the plan without a check.
+
+    Args:
+        model: A folder or a Hugging Face id.
+        out: Output folder; None for the default place, where the engine looks by itself.
+        console: Where progress is shown; None shows none.
+        requests: Fields of PlanOptions.
+
+    Raises:
+        SdfpError: On any request that cannot be met, before the model is loaded where possible.
+    """
+    options = PlanOptions(**requests)
+    options.check()
+    # All that may be refused comes first: fetching and loading the weights may take minutes, or hours.
+    model_dir = resolve_model_dir(model, options.revision, weights=False)
+    admit(model_dir, options)
+    shape = fingerprint(model_dir, weights=False)
+    check_request(shape.num_layers, options.layers, options.draft_tokens)
+    check_head(options.head, shape.vocab_size)
+    texts = Texts.read(options, load_tokenizer(model_dir, options.trust_remote_code))
+    model_dir = resolve_model_dir(model, options.revision)
+    identity = fingerprint(model_dir)
+    folder = _writable(out or default_plan_dir(identity))
+    long = long_texts(model_dir, texts.tokenizer, options) if options.window == "auto" else []
+    corpus = texts.corpus() if options.ray or options.score_text == "corpus" else None
+    with stages(console) as bar:
+        work = Work(model, model_dir, identity, folder, options, texts, bar)
+        # First, so that this process and a worker on this machine never hold the model at once.
+        sums = _sums_on_ray(work, corpus) if options.ray else None
+        with bar.step("Loading the model", 1):
+            transformers.utils.logging.disable_progress_bar()  # ours shows the stages
+            stack = DecoderStack(
+                load_target(model_dir, DTYPES[options.dtype], options.device, options.trust_remote_code)
+            )
+        costs = _costs(work, stack)
+        with bar.step("Target's own text", options.new_tokens) as advance:
+            tried, checked = _parted(texts.ask(stack), options)
+            text = greedy_continuations(stack, tried, options.new_tokens, advance)
+        ids = own_windows(text, options.sequences) if corpus is None else corpus
+        scores = layer_scores(stack, sums) if sums else _scores(work, stack, ids)
+        scores = with_rounding(stack, scores, costs.precisions)
+        drafted = choose(work, stack, text, scores, costs)
+        plan, *beside = assemble(work, drafted, ids.numel())
+        del stack, text  # the engines of the check need the room
+        save_plan(plan, folder, *beside)
+        work.checkpoint.unlink(missing_ok=True)
+        try:
+            if long:
+                plan = with_window(work, plan, long)
+                save_plan(plan, folder, *beside)
+            if options.run_check:
+                plan = with_check(work, plan, [p.tolist() for p in checked])
+        except (
+            SdfpError
+        ) as e:  # the plan is made and saved: an engine that does not start costs the check alone
+            if console is not None:
+                console.print(f"The check failed: {e}", style="yellow", soft_wrap=True, markup=False)
+        save_plan(plan, folder, *beside)
+    return plan
+
+
+def _parted(prompts: list[Tensor], options: PlanOptions) -> tuple[list[Tensor], list[Tensor]]:
+    """Prompts to try drafts on, and those for the check."""
+    return prompts[: options.texts], prompts[options.texts :][:CHECKED] or prompts[:CHECKED]
+
+
+def _costs(work: Work, stack: DecoderStack) -> Costs:
+    """Times of this machine: the kernels', and what the engine adds to them."""
+    options = work.options
+    with work.bar.step("Costs on this machine", 1):
+        weights = [
+            w
+            for b in (stack.layers[0].self_attn, stack.layers[0].mlp)
+            for w in fused_linears(b)  # type: ignore[arg-type]
+        ]
+        dtype = next(stack.head.parameters()).dtype
+        precisions = usable_precisions(weights, dtype, options.precision)
+        rows = (options.draft_tokens or MAX_TRIED) + 1
+        costs = measure_costs(stack, precisions=precisions, max_rows=rows)
+    if options.precision == "auto" and not options.anyway:
+        refuse_hopeless(stack, costs)
+    if options.run_check:
+        with work.bar.step("What the engine adds", 1):
+            costs = overheads_of(work, costs, {b: stack.can_round(b) for b in BRANCHES})
+    return costs
+
+
+def _scores(work: Work, stack: DecoderStack, ids: Tensor) -> list[LayerScore]:
+    with work.bar.step("Fisher traces", len(ids)) as advance:
+        return fisher_scores(
+            stack,
+            ids,
+            advance=advance,
+            checkpoint=work.checkpoint,
+            resume=work.options.resume,
+            identity=work.scored,
+        )
+
+
+def _sums_on_ray(work: Work, ids: Tensor | None) -> FisherSums:
+    from sdfp_vllm.planner.ray_fisher import FisherJob, ray_fisher_sums
+
+    options = work.options
+    assert options.ray is not None and ids is not None
+    # The commit: an id is resolved on each node, and a branch may move on.
+    model, revision = work.model, work.model_dir.name
+    job = FisherJob(
+        model,
+        work.identity,
+        ids,
+        DTYPES[options.dtype],
+        work.scored,
+        options.trust_remote_code,
+        revision,
+    )
+    if Path(model).is_dir():  # workers have other working directories
+        job = replace(job, model=str(work.model_dir.resolve()), revision=None)
+    with work.bar.step("Fisher traces (starting Ray)", len(ids)) as advance:
+        return ray_fisher_sums(
+            job, options.ray, checkpoint=work.checkpoint, resume=options.resume, advance=advance
+        )
+
+
+def _writable(folder: Path) -> Path:
+    """Makes the output folder and tries to write in it, so that no minutes are lost to a wrong path."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise SdfpError(
+            f"output folder {folder}",
+            f"cannot be written ({e.strerror or e})",
+            "Choose another folder with -o, or with SDFP_CACHE_DIR.",
+        ) from e
+    return folder
