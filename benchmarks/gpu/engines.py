@@ -13,7 +13,7 @@ where text repeats, and random weights repeat a lot: that column flatters.
 
 One GPU with vLLM; every engine runs in a process of its own, in turn. `--shapes tiny` runs on a CPU
 too, to try the script out: there acceptance is whatever random weights give, and the figures mean
-nothing. Check the kernels first (`make test-gpu`), and time them with benchmarks/kernels/run.py.
+nothing. Check the kernels first (`make test-gpu`), and time them with benchmarks.kernels.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def main() -> None:
     content = {
         "date": str(date.today()),
         # Names without folders: where a model lies on this machine is nobody else's business.
-        "command": " ".join(["python", "benchmarks/real", *map(_name, sys.argv[1:])]),
+        "command": " ".join(["python", "-m", "benchmarks.real", *map(_name, sys.argv[1:])]),
         "model": model.name,
         "weights": asked.provenance or weights_of(asked.model or str(model), model),
         "questions": {

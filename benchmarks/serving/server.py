@@ -1,4 +1,4 @@
-"""A real `vllm serve` on a free loopback port, small, and what can be asked of it and done to it."""
+"""A real `vllm serve` on a free loopback port, and what can be asked of it and done to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ import psutil
 
 SEATS = 8
 MAX_MODEL_LEN = 384
-KV_MIB = 24  # small, so that a burst also throws requests out, and its pages are all touched early
+KV_MIB = 24  # little, so that a burst also throws requests out, and its pages are all touched early
 # oneDNN keeps a kernel for every number of rows that it has met, up to half a GiB here; with few
 # row numbers to meet, these caches are full early and memory can be asked to be flat.
 BATCHED_TOKENS = 64
+SMALL = (
+    *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(SEATS), "--enforce-eager"),
+    *("--kv-cache-memory-bytes", str(KV_MIB << 20), "--max-num-batched-tokens", str(BATCHED_TOKENS)),
+)
+SMALL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 class Server:
@@ -31,10 +36,23 @@ class Server:
     def __init__(self, process: subprocess.Popen, url: str, log: Path):
         self.process, self.url, self.log = process, url, log
 
+    def tree(self) -> list[psutil.Process]:
+        """The server's process and all its children."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def pause(self) -> None:
+        """Stops it: an idle engine polls, and would disturb whoever is measured."""
+        for p in self.tree():
+            p.suspend()
+
+    def resume(self) -> None:
+        for p in self.tree():
+            p.resume()
+
     def rss_mib(self) -> float:
         """Resident memory of the server and all its children."""
-        tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return sum(p.memory_info().rss for p in tree) / 2**20
+        return sum(p.memory_info().rss for p in self.tree()) / 2**20
 
     def metric(self, name: str) -> float:
         """The sum over labels of a Prometheus value."""
@@ -46,22 +64,24 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Path, *flags: str, start_seconds: float = 300) -> Iterator[Server]:
-    """Starts `vllm serve` on a free loopback port and takes it down with its children."""
+def serve(
+    model: Path,
+    *flags: str,
+    settings: Sequence[str] = SMALL,
+    environment: Mapping[str, str] = SMALL_ENVIRONMENT,
+    start_seconds: float = 300,
+) -> Iterator[Server]:
+    """Starts `vllm serve` in float32 on a free loopback port and takes it down with its children."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "target"]
-    command += ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(SEATS)]
-    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(KV_MIB << 20)]
-    command += ["--max-num-batched-tokens", str(BATCHED_TOKENS), *flags]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    command += ["--dtype", "float32", *settings, *flags]
+    everything = {**environment, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with tempfile.NamedTemporaryFile("w", suffix=".log", prefix="soak-", delete=False) as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=everything)
     server = Server(process, url, Path(log.name))
     try:
         deadline = time.monotonic() + start_seconds
@@ -74,6 +94,8 @@ def serve(model: Path, *flags: str, start_seconds: float = 300) -> Iterator[Serv
             time.sleep(0.5)
         yield server
     finally:
+        if process.poll() is None:
+            server.resume()
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
         try:

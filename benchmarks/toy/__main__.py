@@ -1,7 +1,7 @@
 """The benchmark that the project is held to: one run, every method, batch sizes, prompts of several kinds.
 
-    make bench                       # python -m benchmarks.suite
-    python -m benchmarks.suite --repeats 1 --batches 1 8 --shapes      # a quick look
+    make bench-toy                   # python -m benchmarks.toy
+    python -m benchmarks.toy --repeats 1 --batches 1 8 --shapes      # a quick look
 
 All engines are vLLM's, eager on this machine's CPU and in float32 (the random checkpoints in bfloat16 where this CPU
 multiplies that), one process each, and take turns: turn after turn the same prompts go to each of them, so that a

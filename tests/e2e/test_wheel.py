@@ -21,7 +21,7 @@ from tests.support import servers
 pytestmark = [pytest.mark.engine, pytest.mark.more]
 
 ROOT = Path(__file__).parents[2]
-MOST_BYTES = 10 << 20  # of which the digits pipelines of the diffusion demo are 8
+MOST_BYTES = 1 << 20  # code and two dozen questions
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Trains the digits diffusion models that the pruner is tried on, and saves them as diffusers pipelines.
 
-    python tests/toy/digits/train.py dit  --cpu-seconds 400 --out sdfp_vllm/dipgo/digits/dit
-    python tests/toy/digits/train.py unet --cpu-seconds 300 --out sdfp_vllm/dipgo/digits/unet
+    python tests/toy/digits/train.py dit  --cpu-seconds 400 --out tests/toy/digits/dit
+    python tests/toy/digits/train.py unet --cpu-seconds 300 --out tests/toy/digits/unet
 
 `dit` is a class-conditional DiT (8 blocks, width 128, patch 2) in a DiTPipeline. `unet` is a
 UNet2DConditionModel in a StableDiffusionPipeline; its condition is a one-hot "token", kept beside it

@@ -96,3 +96,11 @@ def test_make_targets_exist(page):
 def test_every_setting_is_documented():
     page = (ROOT / "docs" / "use" / "settings.md").read_text(encoding="utf-8")
     assert not [s for s in SETTINGS - {"method"} if f"`{s}`" not in page]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "Makefile"], ids=[*NAMES, "Makefile"])
+def test_modules_that_are_to_be_run_exist(page):
+    """`python -m benchmarks.x` names a file, or a package with a `__main__`."""
+    for module in re.findall(r"(?:python|\$\(PY\)) -m ((?:benchmarks|examples|tests|sdfp_vllm)[\w.]*\w)", page.read_text()):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

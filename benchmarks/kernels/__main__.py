@@ -1,6 +1,6 @@
 """Benchmarks of the kernels in `kernels/`: time, bytes, and the share of the GPU's copy bandwidth, as one CSV.
 
-    python -m benchmarks.kernels.run [--out benchmarks/results/kernels.csv] [--only OP]
+    python -m benchmarks.kernels [--out benchmarks/results/kernels.csv] [--only OP]
 
 Without a GPU it prints the bytes each op must move and times nothing.
 """
