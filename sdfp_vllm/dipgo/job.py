@@ -67,7 +67,8 @@ class SearchOptions:
         projections: Backward passes of a recording.
         rounds: Of refinement.
         test_images: That the plan's quality is stated on.
-        learn: Settings of the paper's search.
+        iterations, learning_rate, consistency: Of the paper's search (None: its rate).
+        resume: Go on with a search that was interrupted.
     """
 
     steps: int = 50

@@ -105,3 +105,36 @@ def test_named_paths_exist():
             if not (ROOT / source).exists() and not path.startswith(MADE):
                 missing.append((name, path))
     assert not missing
+
+
+def documented(node: ast.ClassDef) -> set[str]:
+    """Names in the `Attributes:` section of a class's docstring."""
+    section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)+)", ast.get_docstring(node) or "", re.MULTILINE)
+    if not section:
+        return set()
+    lines = re.findall(r"^    (\w[\w, ]*):", section[1], re.MULTILINE)
+    return {name.strip() for line in lines for name in line.split(",")}
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Fields and properties of a class, and what its methods set on `self`."""
+    found = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+    for n in ast.walk(node):
+        targets = (
+            n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+        )
+        for target in targets:
+            for t in target.elts if isinstance(target, ast.Tuple) else [target]:
+                found.add(t.id if isinstance(t, ast.Name) else t.attr if isinstance(t, ast.Attribute) else "")
+    return found
+
+
+def test_documented_attributes_exist():
+    seen = 0
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                names = documented(node)
+                seen += len(names)
+                assert not names - attributes(node), f"{module}.{node.name}: {names - attributes(node)}"
+    assert seen > 100
