@@ -31,8 +31,8 @@ from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.demo.methods import METHODS, PAPER, PLAIN, SDFP, can_run
 from sdfp_vllm.demo.questions import choose
 from sdfp_vllm.demo.smollm2 import smollm2
-from sdfp_vllm.measure.engines import EngineSpec, Measurement
 from sdfp_vllm.measure.memory import fit_together, run_as_memory_allows
+from sdfp_vllm.measure.spec import EngineSpec, Measurement
 from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.planner.job import make_plan

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from sdfp_vllm.demo.methods import OWN_DTYPE, SDFP, speculative
-from sdfp_vllm.measure.engines import EngineSpec, Turn
+from sdfp_vllm.measure.spec import EngineSpec, Turn
 from sdfp_vllm.planner.engine_check import stored_dtype
 
 TEMPERATURE = 0.7

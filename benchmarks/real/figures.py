@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sdfp_vllm.demo.figures import Pair, row
 from sdfp_vllm.demo.methods import ALONE, SDFP
-from sdfp_vllm.measure.engines import EngineSpec, Measurement
+from sdfp_vllm.measure.spec import EngineSpec, Measurement
 from sdfp_vllm.plan.schema import SkipPlan
 
 Runs = Mapping[str, list[tuple[Measurement, Measurement]]]  # by method: its run, and plain vLLM's beside it

@@ -50,6 +50,7 @@ def main() -> None:
     folder = resolve_model_dir(asked.model) if asked.model else smollm2()
     plan_for(folder, "float32", asked.eager, console)
     methods = _servers(str(default_plan_dir(fingerprint(folder))), asked.rival)
+    methods = {n: c for n, c in methods.items() if n == PLAIN or not asked.only or n in asked.only.split(";")}
     settings = [
         *("--max-model-len", str(asked.max_model_len)),
         *("--max-num-seqs", str(asked.seats)),
@@ -166,7 +167,7 @@ def _loads(prompts: list[str], names: list[str], repeats: int, seconds: float) -
     plans: list[tuple[int | None, float]] = [
         (None, float(n[1:])) if n.startswith("r") else (int(n), float("inf")) for n in names
     ]
-    weights = [max(2.0, 1.5 * (c or rate * seconds)) for c, rate in plans]
+    weights = [4 + (c or rate * seconds) for c, rate in plans]
     share = len(prompts) / (sum(weights) * repeats)
     order = iter(prompts[i] for k in range(7) for i in range(k, len(prompts), 7))  # kinds mixed
     out = []
@@ -197,6 +198,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20, help="how long a load by rate is kept up")
     parser.add_argument("--tokens", type=int, default=128, help="most tokens of an answer")
     parser.add_argument("--rival", default="ngram", choices=["ngram", "suffix"])
+    parser.add_argument("--only", help="these servers beside the first, separated by semicolons")
     parser.add_argument("--goodput", default="tpot:100", help="objectives, as vLLM's client takes them")
     parser.add_argument("--seats", type=int, default=16)
     parser.add_argument("--max-model-len", type=int, default=4096)

@@ -29,6 +29,7 @@ from sdfp_vllm.common.machine import processor
 from sdfp_vllm.common.provenance import weights_of
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.common.source_tree import git_sha
+from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import resolve_model_dir
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.store import load_plan
@@ -92,18 +93,19 @@ class RealBench(Bench):
     def judged(self, method: str, dropped: int, keep: KeepSet, fitter: BridgeFitter) -> dict[str, Any]:
         """A row of the table."""
         row: dict[str, Any] = {"method": method, "dropped": dropped, "keep": str(keep)}
-        for name, view in (("full", keep), ("int8", DraftView.at(keep, "int8"))):
-            row[name] = self._figures(view, self.test.run(view, DRAFT_TOKENS))
+        row["full"] = self._figures(keep, self.test.run(keep, DRAFT_TOKENS), self.cost)
+        int8 = DraftView.at(keep, "int8")
+        row["int8"] = self._figures(int8, self.test.run(int8, DRAFT_TOKENS), self.costs)
         if dropped and not keep.partial:  # bridges stand in for whole layers
             for name, (kind, rank) in BRIDGES.items():
                 fitted = fitter.fit(keep.layers, kind, rank)  # type: ignore[arg-type]
                 runs = self.test.run(KeepSet.of(keep.layers), DRAFT_TOKENS, bridges=fitted.bridges)
-                row[name] = self._figures(keep, runs)
+                row[name] = self._figures(keep, runs, self.cost)
         return row
 
-    def _figures(self, view: KeepSet, runs: Any) -> dict[str, float]:
+    @staticmethod
+    def _figures(view: KeepSet, runs: Any, costs: Costs) -> dict[str, float]:
         rounds = runs.rounds(DRAFT_TOKENS)
-        costs = self.costs if isinstance(view, DraftView) else self.cost
         speed = costs.speedup(view, DRAFT_TOKENS, rounds.mean_accepted_length)
         return {"acceptance": round(rounds.acceptance_rate, 3), "speedup": round(speed, 3)}
 

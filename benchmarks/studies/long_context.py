@@ -28,7 +28,8 @@ from sdfp_vllm.common.machine import processor
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.demo.figures import row
-from sdfp_vllm.measure.engines import EngineSpec, Measurement, Turn, TurnMeasurement, run_engines
+from sdfp_vllm.measure.engines import run_engines
+from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn, TurnMeasurement
 from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.planner.calibration import load_calibration
 from sdfp_vllm.planner.job import make_plan

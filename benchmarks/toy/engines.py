@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.studies.dialled import SHAPES, dialled
 from benchmarks.toy.workloads import PLACES
-from sdfp_vllm.measure.engines import EngineSpec, Turn
+from sdfp_vllm.measure.spec import EngineSpec, Turn
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import fingerprint
 from sdfp_vllm.plan.keep import KeepSet

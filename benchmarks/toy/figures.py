@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.toy.engines import DRAFT_MODEL, DRAFT_MODEL_TOKENS, FIXED, NGRAM, PLAIN, SDFP, SUFFIX
 from benchmarks.toy.workloads import CODE, Cell
-from sdfp_vllm.measure.engines import TurnMeasurement
+from sdfp_vllm.measure.spec import TurnMeasurement
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.schema import SkipPlan
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdfp_vllm.measure.engines import Turn
+from sdfp_vllm.measure.spec import Turn
 from tests.toy.held_out import held_out_prompts
 
 CODE, PROSE, COPY, NOISE = "code completion", "free text", "copy-heavy", "noise"

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from sdfp_vllm.cli.batch import batch_command
 from sdfp_vllm.cli.demo import demo_command
 from sdfp_vllm.cli.dipgo import dipgo_app
+from sdfp_vllm.cli.doctor import doctor_command
 from sdfp_vllm.cli.generate import generate_command
 from sdfp_vllm.cli.plan import plan_command
 from sdfp_vllm.cli.show import show_command
@@ -39,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Faster decoding in vLLM from the model you already serve.",
-    epilog="Exit codes: 0 done, 2 refused (the message says what to change), 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 `doctor` found something to mend, 2 refused (the message says what to change), 130 interrupted.",
 )
 
 
@@ -66,6 +67,7 @@ for _name, _command, _example in (
     ("generate", generate_command, 'HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Why is the sky blue?"'),
     ("batch", batch_command, "prompts.jsonl answers.jsonl HuggingFaceTB/SmolLM2-135M-Instruct"),
     ("demo", demo_command, "--model HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ("doctor", doctor_command, "http://127.0.0.1:8000 --seconds 30"),
 ):
     app.command(_name, epilog=f"Example: sdfp {_name} {_example}")(_command)
 app.add_typer(dipgo_app, name="dipgo")

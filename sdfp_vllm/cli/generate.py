@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdfp_vllm.errors import SdfpError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sdfp_vllm.measure.spec import EngineSpec, Measurement
 
 
 def generate_command(
@@ -15,8 +20,12 @@ def generate_command(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id (default: the hub's).")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the model is asked.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with what the model is asked.")] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Continue the text as it is, without the model's chat template."),
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     plan: Annotated[
@@ -42,12 +51,13 @@ def generate_command(
         bool, typer.Option("--baseline/--no-baseline", help="Also run without drafting.")
     ] = True,
 ) -> None:
-    """Generate text with SDFP; print it, the acceptance, and tokens/s with and without drafting."""
+    """Generate text with SDFP, shown as it comes; then the acceptance, and tokens/s with and without drafting."""
     from rich.console import Console
 
     from sdfp_vllm.common.checkpoint import refuse_untrusted
     from sdfp_vllm.engine.sampling_params import check_sampling
-    from sdfp_vllm.measure.engines import EngineSpec, Turn, run_engine
+    from sdfp_vllm.measure.engines import run_engine
+    from sdfp_vllm.measure.spec import EngineSpec, Turn
     from sdfp_vllm.plan.fingerprint import resolve_model_dir
     from sdfp_vllm.plan.store import find_plan
 
@@ -59,6 +69,7 @@ def generate_command(
     folder = resolve_model_dir(model, revision)
     refuse_untrusted(folder, trust_remote_code)
     plan_dir = find_plan(model, plan, revision).source  # a bad plan is refused before an engine starts
+    asked = text if raw else as_chat(text, folder, trust_remote_code)
 
     speculative: dict[str, Any] = {"method": "sdfp", "model": str(plan_dir)}
     if draft_tokens:
@@ -69,7 +80,7 @@ def generate_command(
         eager = not torch.cuda.is_available()
     spec = EngineSpec(
         model=str(folder),
-        turns=[Turn(prompts=[text], max_tokens=max_tokens, temperature=temperature)],
+        turns=[Turn(prompts=[asked], max_tokens=max_tokens, temperature=temperature, streamed=True)],
         warm_up="The",
         speculative=speculative,
         seed=seed,
@@ -81,10 +92,8 @@ def generate_command(
         },  # -1: as long as its K/V fits
     )
     console = Console(stderr=True)  # standard output holds the text alone
-    with console.status("Generating with SDFP"):
-        drafted = run_engine(spec)
+    drafted = _shown(spec, console)
     ours = drafted.turns[0]
-    print(ours.texts[0])
     rate, length = ours.acceptance_rate, ours.mean_accepted_length
     console.print(
         f"[bold]SDFP[/] {drafted.decode_tokens_per_second:.2f} tokens/s, {len(ours.token_ids[0])} tokens"
@@ -98,6 +107,7 @@ def generate_command(
         )
     if not baseline:
         return
+    # Streamed too, and heard by nobody: both runs do the same work.
     with console.status("Generating without drafting"):
         plain = run_engine(spec.model_copy(update={"speculative": None}))
     console.print(
@@ -111,6 +121,37 @@ def generate_command(
         console.print("text identical: " + ("yes" if same else "no (expected only below float32)"))
 
 
+def as_chat(text: str, folder: Path, trust_remote_code: bool = False) -> list[int] | str:
+    """Renders a text as a chat's one user turn; leaves it as it is where the model has no chat template.
+
+    Raises:
+        SdfpError: If there is no tokenizer that can be loaded, or the template refuses the text.
+    """
+    from sdfp_vllm.common.checkpoint import load_tokenizer
+    from sdfp_vllm.planner.chats import has_chat_template, render_chat
+
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if not has_chat_template(tokenizer):
+        return text
+    return render_chat(tokenizer, [{"role": "user", "content": text}], "--prompt").tolist()
+
+
+def _shown(spec: EngineSpec, console: Console) -> Measurement:
+    """Runs `spec`, and prints its text as it comes."""
+    from sdfp_vllm.measure.engines import run_engine
+
+    try:
+        with console.status("Generating with SDFP") as waiting:
+
+            def show(piece: str) -> None:
+                waiting.stop()  # it would be drawn over the text
+                print(piece, end="", flush=True)
+
+            return run_engine(spec, show)
+    finally:
+        print()  # ends the text's line, of an interrupted text too
+
+
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise SdfpError(
@@ -121,5 +162,5 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as e:
         raise SdfpError(str(prompt_file), f"cannot be read ({e})", "Give a text file in UTF-8.") from e
     if not text:
-        raise SdfpError("--prompt", "is empty", "Give some text to continue.")
+        raise SdfpError("--prompt", "is empty", "Give some text.")
     return text

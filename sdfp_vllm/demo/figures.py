@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sdfp_vllm.demo.methods import ALONE, PLAIN, SDFP
-from sdfp_vllm.measure.engines import Measurement, TurnMeasurement
+from sdfp_vllm.measure.spec import Measurement, TurnMeasurement
 from sdfp_vllm.pacing.record import Pacing
 from sdfp_vllm.plan.schema import SkipPlan
 

@@ -28,8 +28,8 @@ from sdfp_vllm.demo.questions import Question, choose
 from sdfp_vllm.demo.smollm2 import NAME as SMOLLM2
 from sdfp_vllm.demo.smollm2 import smollm2
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.measure.engines import EngineSpec, Measurement, Turn
 from sdfp_vllm.measure.memory import run_as_memory_allows
+from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn
 from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
 from sdfp_vllm.plan.parcel import PLAN_FILE
 from sdfp_vllm.plan.schema import SkipPlan

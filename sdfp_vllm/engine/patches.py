@@ -7,8 +7,10 @@ import sys
 from typing import Any, Literal
 
 from sdfp_vllm.engine.draft.rounded_weights import round_while_loading
+from sdfp_vllm.engine.metrics import count_drafts
 from sdfp_vllm.engine.rejection_sampling import mend_rejection_sampler
 from sdfp_vllm.engine.requests import refuse_requests
+from sdfp_vllm.engine.scheduling import patch_scheduler
 from sdfp_vllm.engine.upstream import symbols as upstream
 
 _MARK = "_sdfp_patched"
@@ -19,13 +21,14 @@ def patch_engine() -> None:
     allow_async_scheduling()
     route_draft_model_proposer()
     route_init_speculator()
-    pace_scheduler()
+    patch_scheduler()
     round_while_loading()
     mend_cpu_expand_kernel()
     mend_cpu_top_k_of_no_rows()
     mend_rejection_sampler()
     mend_thinking_budgets()
     refuse_requests()
+    count_drafts()
 
 
 def allow_async_scheduling() -> None:
@@ -91,44 +94,6 @@ def route_init_speculator() -> None:
         if module is not None:
             module.init_speculator = init_speculator  # type: ignore[attr-defined]
     spec_decode.__dict__[_MARK] = True
-
-
-def pace_scheduler() -> None:
-    """Lets draft lengths follow the traffic where the proposer cannot decide them (see `BatchPolicy`).
-
-    Upstream's scheduler looks the draft length of each step up by batch size in `dynamic_sd_lookup`,
-    a list; ours stands in its place. What was accepted comes through `make_spec_decoding_stats`,
-    which upstream calls for each verified request. Checked on 0.32.0; where either is gone,
-    lengths are those of the plan's table.
-    """
-    try:
-        from vllm.v1.core.sched.scheduler import Scheduler
-    except ImportError:
-        return
-    if hasattr(Scheduler, _MARK) or not hasattr(Scheduler, "make_spec_decoding_stats"):
-        return
-    start, stats = Scheduler.__init__, Scheduler.make_spec_decoding_stats
-
-    @functools.wraps(start)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        start(self, *args, **kwargs)
-        lengths = getattr(self, "dynamic_sd_lookup", None)
-        drafting = getattr(self.vllm_config.speculative_config, "drafting", None)
-        if lengths and drafting is not None and drafting.by_batch(self.vllm_config):
-            from sdfp_vllm.pacing.batch import BatchPolicy
-
-            self.dynamic_sd_lookup = BatchPolicy(drafting.pacing, lengths)
-
-    @functools.wraps(stats)
-    def make_spec_decoding_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
-        observe = getattr(getattr(self, "dynamic_sd_lookup", None), "observe", None)
-        if observe is not None:
-            observe(kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"])
-        return stats(self, *args, **kwargs)
-
-    Scheduler.__init__ = __init__  # type: ignore[method-assign]
-    Scheduler.make_spec_decoding_stats = make_spec_decoding_stats  # type: ignore[method-assign]
-    setattr(Scheduler, _MARK, True)
 
 
 def mend_cpu_expand_kernel() -> None:

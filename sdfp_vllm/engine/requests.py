@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from sdfp_vllm.engine.request_limits import refuse_wrong_limits
+
 _MARK = "_sdfp_patched"
 
 
@@ -12,7 +14,7 @@ def refuse_requests() -> None:
     """Makes upstream's front end check requests with `refuse_unsupported_request` too, where the engine drafts.
 
     `InputProcessor._validate_params` is where upstream refuses fields of a request by the engine's configuration: a
-    ValueError from `LLM.generate`, status 400 from a server. Checked on 0.32.0.
+    VLLMValidationError from `LLM.generate`, status 400 from a server. Checked on 0.32.0.
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -24,6 +26,7 @@ def refuse_requests() -> None:
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.speculative_config, "method", None) == "sdfp":
             refuse_unsupported_request(params, self.vllm_config)
+            refuse_wrong_limits(params)
         return validate(self, params, *args, **kwargs)
 
     setattr(_validate_params, _MARK, True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from sdfp_vllm.measure.engines import EngineSpec, Measurement, run_engines
+from sdfp_vllm.measure.engines import run_engines
+from sdfp_vllm.measure.spec import EngineSpec, Measurement
 from sdfp_vllm.plan.model_files import weight_files
 
 _OWN_BYTES = 2 << 30  # of an engine beside its weights

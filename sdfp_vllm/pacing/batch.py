@@ -21,12 +21,18 @@ class BatchPolicy:
 
     Args:
         lengths: Draft lengths to choose from, beside 0: those the runner has graphs for.
+
+    Attributes:
+        ruled: Share of the running requests whose rules reject drafts (penalties, grammars, ...), told by the scheduler. Their
+            acceptance is counted apart, so that it weighs by their number now and says nothing of the others.
     """
 
     def __init__(self, costs: Pacing, lengths: Sequence[int]):
         self._costs = costs
         self._lengths = sorted(set(lengths) - {0})
-        self._position = PositionOdds(costs.acceptance, max(self._lengths, default=0))
+        longest = max(self._lengths, default=0)
+        self._position = {ruled: PositionOdds(costs.acceptance, longest) for ruled in (False, True)}
+        self.ruled = 0.0
         self._pauses = Pauses()
 
     def __getitem__(self, batch: int) -> int:
@@ -39,13 +45,18 @@ class BatchPolicy:
 
     def rate(self, batch: int, k: int) -> float:
         """Tokens per millisecond with k drafts a request."""
-        chance, tokens = 1.0, 1.0
-        for j in range(k):
-            chance *= self._position[j]
-            tokens += chance
+        tokens = (1 - self.ruled) * self._tokens(k, False) + self.ruled * self._tokens(k, True)
         ms = k * self._costs.step_ms(batch) + self._costs.verify_ms(batch * (k + 1))
         return batch * tokens / (ms + self._costs.round_overhead_ms)
 
-    def observe(self, drafted: int, accepted: int) -> None:
+    def _tokens(self, k: int, ruled: bool) -> float:
+        """Tokens expected of a request's round with k drafts."""
+        chance, tokens = 1.0, 1.0
+        for j in range(k):
+            chance *= self._position[ruled][j]
+            tokens += chance
+        return tokens
+
+    def observe(self, drafted: int, accepted: int, ruled: bool = False) -> None:
         """Learns from one request's verification."""
-        self._position.observe(accepted, drafted)
+        self._position[ruled].observe(accepted, drafted)

@@ -16,19 +16,22 @@ from sdfp_vllm.pacing.ngram import Match
 
 @dataclass(frozen=True)
 class Copy:
-    """`length` tokens of a match, of which `gain` are expected to be accepted; `worth` is that less their price."""
+    """`length` tokens of a match: `gain` is the value of those expected to be accepted, `worth` that less their price."""
 
     length: int = 0
     gain: float = 0.0
     worth: float = 0.0
 
 
-def best_copy(match: Match | None, chances: Sequence[float], prices: Sequence[float], most: int) -> Copy:
+def best_copy(
+    match: Match | None, chances: Sequence[float], prices: Sequence[float], most: int, worth: float = 1.0
+) -> Copy:
     """The best length of a copy, at most `most`.
 
     Args:
         chances: That the next token is right where 1, 2, ... agree before it; more than there are count as the last.
         prices: In tokens, of a copy of 0, 1, ... tokens.
+        worth: Value of a token to the request.
     """
     best = Copy()
     if match is None:
@@ -36,7 +39,7 @@ def best_copy(match: Match | None, chances: Sequence[float], prices: Sequence[fl
     sure, gain = 1.0, 0.0
     for j in range(1, min(len(match.tokens), len(prices) - 1, most) + 1):
         sure *= chances[min(match.length + j - 1, len(chances)) - 1]
-        gain += sure
+        gain += worth * sure
         if gain - prices[j] > best.worth:
             best = Copy(j, gain, gain - prices[j])
     return best
@@ -57,6 +60,7 @@ class Options:
     Args:
         kinds, most: Of the requests that may draft: what their model drafts are like, and how many are of use.
         copies: The copy that each would make.
+        worths: Value of a token to each.
         model: Per kind, tokens expected to be accepted of 0, 1, ... model drafts.
         shares: What a token is worth where n = 0, 1, ... requests gain one, of what it is where all do.
         reserve: Tokens that drafting must gain before it pays: what unevenness will cost that is not in the gains.
@@ -71,6 +75,7 @@ class Options:
         kinds: Sequence[int],
         most: Sequence[int],
         copies: Sequence[Copy],
+        worths: Sequence[float],
         model: Mapping[int, Sequence[float]],
         shares: Sequence[float],
         reserve: float,
@@ -86,7 +91,9 @@ class Options:
         # [draft steps, request]: drafts of the model that are of use, and those expected to be accepted.
         self._own = np.minimum(self._steps[:, None], np.array(most)[None])
         chances = np.array([model[kind] for kind in kinds])
-        self._model = chances[np.arange(count)[None], self._own]
+        # [request], and [draft steps, request]: the value of drafts of the model.
+        self._worths = np.array(worths)
+        self._model = chances[np.arange(count)[None], self._own] * self._worths
         self._lengths, self._gain, self._worth = (
             np.array([getattr(copy, name) for copy in copies]) for name in ("length", "gain", "worth")
         )
@@ -110,7 +117,7 @@ class Options:
 
     def could_pay(self) -> bool:
         """Whether the model's drafts would pay were every one accepted: else there is nothing to find out."""
-        return bool((self._net(self._own.astype(float), self._own.sum(1))[1:] > 0).any())
+        return bool((self._net(self._own * self._worths, self._own.sum(1))[1:] > 0).any())
 
     def _net(self, gains: np.ndarray, drafts: np.ndarray) -> np.ndarray:
         """Per number of draft steps: tokens gained, each layer of the gains weighed by who shares in it, less their price."""

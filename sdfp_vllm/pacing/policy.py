@@ -37,8 +37,9 @@ CAUTION = 1.1
 # Share of a batch's tokens that is lost to luck where places are not taken: of requests with equal chances some fall behind,
 # and the rounds that these still need are for few.
 UNEVEN = 0.05
-# A model's confidence says something else about greedy tokens than about sampled ones.
-GREEDY, SAMPLED = 0, 1
+# Kinds of requests, each of which teaches its own alone. A model's confidence says something else about greedy tokens than
+# about sampled ones, and where rules change the output (penalties, grammars, ...) drafts are rejected that are right elsewhere.
+KINDS = GREEDY, SAMPLED, RULED = 0, 1, 2
 
 
 @dataclass
@@ -46,9 +47,10 @@ class Row:
     """One request in a round.
 
     Attributes:
-        kind: GREEDY or SAMPLED; None where nothing is to be drafted (in the middle of its prefill).
+        kind: Of KINDS; None where nothing is to be drafted (in the middle of its prefill).
         match: What the context offers as drafts.
-        most: Drafts that are of use: one less than the tokens it may still be given.
+        most: Drafts that are of use: one less than the tokens it may still be given, or as many as it asks for.
+        ahead: Tokens a round that it got of late, over its batch's mean.
         drafts: Drafts kept so far; of a row that copies, the length of the copy.
         copies: Whether its drafts are the match's tokens.
         chance: That all its drafts so far are accepted.
@@ -58,11 +60,21 @@ class Row:
     kind: int | None
     match: Match | None = None
     most: int = 1 << 30
+    ahead: float = 1.0
     drafts: int = 0
     copies: bool = False
     chance: float = 1.0
     bins: list[int] = field(default_factory=list)
     drafting: bool = False
+
+    @property
+    def worth(self) -> float:
+        """Value of a token to this request, relative to one to a request that is neither ahead nor behind.
+
+        A user sees milliseconds per token, t = ms / tokens. What a token takes off that, and a millisecond adds, is its
+        derivative: -ms / tokens^2 and 1 / tokens. So whoever is behind gains most by a token, and loses most by a long round.
+        """
+        return self.ahead**-2
 
 
 class Round:
@@ -72,7 +84,8 @@ class Round:
         self._policy, self.rows = policy, rows
         self.batch = len(rows)
         self.steps = 0
-        self.price = CAUTION * policy.rate(self.batch)
+        waiting = sum(1 / row.ahead for row in rows) / len(rows)
+        self.price = CAUTION * waiting * policy.rate([row.kind or GREEDY for row in rows])
         self._verified = self.batch
         self.first_step = False
         policy.assign(self)
@@ -98,7 +111,7 @@ class Round:
         if not self.steps:
             return self.first_step
         position = self._policy.position
-        gain = sum(row.chance * position[row.kind or GREEDY][self.steps] for row in active)
+        gain = sum(row.worth * row.chance * position[row.kind or GREEDY][self.steps] for row in active)
         return gain > self.price * (self._policy.costs.step_ms(self.batch) + self.rows_ms(len(active)))
 
     def saw(self, confidence: Sequence[float]) -> list[bool]:
@@ -112,7 +125,7 @@ class Round:
             if row.drafting:
                 bucket = confidence_bin(value)
                 row.chance *= self._policy.confidence[row.kind or GREEDY][bucket]
-                keep = row.chance > row_price and row.drafts < row.most
+                keep = row.worth * row.chance > row_price and row.drafts < row.most
                 if keep:
                     row.drafts += 1
                     row.bins.append(bucket)
@@ -139,39 +152,37 @@ class DraftPolicy:
 
     def __init__(self, plan: Pacing, longest: int):
         self.costs, self.longest = LiveCosts(plan), longest
-        self.position = [PositionOdds(plan.acceptance, longest) for _ in (GREEDY, SAMPLED)]
-        self.confidence = [Odds(plan.confidence) for _ in (GREEDY, SAMPLED)]
+        self.position = [PositionOdds(plan.acceptance, longest) for _ in KINDS]
+        self.confidence = [Odds(plan.confidence) for _ in KINDS]
         # Copies: by how many tokens already agree, the match and the copies before. n / (n + 1) is the rule of
         # succession after n successes in a row, with no failure seen; it fades within a few dozen rounds.
-        self.copying = Odds([n / (n + 1) for n in range(1, LONGEST + 1)], weight=4.0)
-        self._rates: dict[int, Average] = {}
+        self.copying = [Odds([n / (n + 1) for n in range(1, LONGEST + 1)], weight=4.0) for _ in KINDS]
+        self._rates: dict[tuple[int, int], Average] = {}
         self._pauses = Pauses()
         self.places = Places()
 
     # ------------------------------------------------------------ what is known
-    def rate(self, batch: int) -> float:
-        """Tokens per millisecond of late without copies, in rounds of about this batch size; at least plain decoding's.
+    def rate(self, kinds: Sequence[int]) -> float:
+        """Tokens per millisecond of late without copies, of requests of these kinds together; at least plain decoding's.
 
         What a millisecond is worth in tokens: it is what an accepted draft saves."""
-        return max(self._rate(batch).value * batch, self.costs.plain_rate(batch))
+        batch = len(kinds)
+        return max(sum(self._rate(batch, kind).value for kind in kinds), self.costs.plain_rate(batch))
 
-    def _rate(self, batch: int) -> Average:
-        """Tokens per request and millisecond."""
+    def _rate(self, batch: int, kind: int) -> Average:
+        """Tokens per request of a kind and millisecond, in rounds of about this batch size."""
         size = batch.bit_length()
-        if size not in self._rates:
-            rate, ms = self._best_fixed(batch)
-            self._rates[size] = Average(rate / batch, ms * RATE_MEMORY / 4, RATE_MEMORY)
-        return self._rates[size]
+        if (size, kind) not in self._rates:
+            rate, ms = self._best_fixed(batch, kind)
+            self._rates[size, kind] = Average(rate / batch, ms * RATE_MEMORY / 4, RATE_MEMORY)
+        return self._rates[size, kind]
 
-    def _best_fixed(self, batch: int) -> tuple[float, float]:
-        """(rate, milliseconds) of the best round in which every request drafts alike, at least one token."""
+    def _best_fixed(self, batch: int, kind: int) -> tuple[float, float]:
+        """(rate, milliseconds) of the best round in which requests of one kind all draft alike, at least one token."""
         best = (0.0, 1.0)
-        chance, tokens = 1.0, 1.0
-        for k in range(1, self.longest + 1):
-            chance *= self.position[GREEDY][k - 1]
-            tokens += chance
+        for k, accepted in enumerate(self._expected(kind)[1:], 1):
             ms = k * self.costs.step_ms(batch) + self.costs.verify_ms(batch * (k + 1))
-            best = max(best, (batch * tokens / ms, ms))
+            best = max(best, (batch * (1.0 + accepted) / ms, ms))
         return best
 
     # ------------------------------------------------------------ a round
@@ -203,12 +214,16 @@ class DraftPolicy:
             round.price * round.rows_ms(matching * length) / max(matching * shares[matching], 1e-9)
             for length in range(self.longest + 1)
         ]
-        chances = [self.copying[n] for n in range(LONGEST)]
         kinds = [row.kind or GREEDY for row in rows]
+        chances = {kind: [self.copying[kind][n] for n in range(LONGEST)] for kind in set(kinds)}
         return Options(
             kinds=kinds,
             most=[row.most for row in rows],
-            copies=[best_copy(row.match, chances, prices, row.most) for row in rows],
+            copies=[
+                best_copy(row.match, chances[kind], prices, row.most, row.worth)
+                for row, kind in zip(rows, kinds, strict=True)
+            ],
+            worths=[row.worth for row in rows],
             model={kind: self._expected(kind) for kind in set(kinds)},
             shares=shares,
             reserve=UNEVEN * (1 - self.places.taken) * (len(rows) - 1),
@@ -242,22 +257,21 @@ class DraftPolicy:
             accepted: Drafts accepted, per row of the round.
             tried: Drafts verified, per row; a scheduler may take fewer than it was given.
         """
-        tokens, drafting = 0, 0
+        tokens: dict[int, list[int]] = {}  # of requests, by kind
         for row, right, out_of in zip(round.rows, accepted, tried, strict=True):
-            if row.kind is None or row.copies:
+            if row.kind is None or row.copies or row.most < 1:
                 continue
-            drafting += 1
-            tokens += 1 + right
+            tokens.setdefault(row.kind, []).append(1 + right)
             self.position[row.kind].observe(right, min(out_of, len(row.bins)))
             for j, bucket in enumerate(row.bins[: min(right + 1, out_of)]):
                 self.confidence[row.kind].observe(bucket, j < right)
-        # Copies are left out: where they are found says nothing of what a token is worth elsewhere.
-        if drafting:
-            self._rate(round.batch).observe(tokens / drafting, round.ms)
+        # Copies are left out: where they are found says nothing of what a token is worth elsewhere. So is who wants no drafts.
+        for kind, given in tokens.items():
+            self._rate(round.batch, kind).observe(sum(given) / len(given), round.ms)
 
-    def learn_copying(self, match: Match, actual: Sequence[int]) -> None:
-        """Compares what a match offered with the tokens that came, whether it was used or not."""
+    def learn_copying(self, match: Match, actual: Sequence[int], kind: int = GREEDY) -> None:
+        """Compares what a match offered a request of this kind with the tokens that came, whether it was used or not."""
         for j, (offered, came) in enumerate(zip(match.tokens, actual, strict=False)):
-            self.copying.observe(match.length + j - 1, offered == came)
+            self.copying[kind].observe(match.length + j - 1, offered == came)
             if offered != came:
                 break

@@ -14,8 +14,9 @@ import transformers
 
 from sdfp_vllm import __version__
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.measure.engines import EngineSpec, Measurement, Turn, one_by_one, run_engine
+from sdfp_vllm.measure.engines import run_engine
 from sdfp_vllm.measure.memory import run_as_memory_allows
+from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn, one_by_one
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import Fingerprint
 from sdfp_vllm.plan.keep import KeepSet

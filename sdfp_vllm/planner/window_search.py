@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from sdfp_vllm.measure.engines import EngineSpec, Measurement, Turn, run_engine
+from sdfp_vllm.measure.engines import run_engine
+from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn
 from sdfp_vllm.plan.schema import SkipPlan, WindowTried
 from sdfp_vllm.plan.window import DraftWindow
 from sdfp_vllm.planner.calibration import is_chat_source, load_calibration

@@ -88,6 +88,27 @@ def test_concurrent_streams(client, plain):
         assert list(pool.map(stream, range(12))) == [plain] * 12
 
 
+def test_a_request_limits_its_drafts_and_a_wrong_field_is_its_own_fault(client, server, plain):
+    from openai import BadRequestError
+
+    def drafted() -> float:
+        text = urllib.request.urlopen(f"{server}/metrics").read().decode()
+        return float(re.search(r"^vllm:spec_decode_num_draft_tokens_total\{.*\} (\S+)$", text, re.M)[1])  # type: ignore[index]
+
+    def ask(**fields):
+        return client.completions.create(**COMMON, extra_body={"vllm_xargs": fields}).choices[0].text
+
+    ask()
+    before = drafted()
+    assert ask(sdfp_draft=False) == ask(sdfp_max_draft_tokens=0) == plain
+    assert drafted() == before
+    assert ask(sdfp_draft=True) == plain
+    assert drafted() > before
+    for wrong in ({"sdfp_draft": "no"}, {"sdfp_max_draft_tokens": -1}, {"sdfp_drafts": True}):
+        with pytest.raises(BadRequestError, match=next(iter(wrong))):
+            ask(**wrong)
+
+
 def test_metrics_are_vllms_own(client, server):
     client.completions.create(**COMMON)
     text = urllib.request.urlopen(f"{server}/metrics").read().decode()

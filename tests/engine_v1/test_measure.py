@@ -1,10 +1,14 @@
-"""Engines in processes of their own that take turns: who runs when, and that a run may end before its last turn."""
+"""Engines in processes of their own that take turns: who runs when, that a run may end early, and text while it comes."""
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
-from sdfp_vllm.measure.engines import EngineSpec, Turn, run_engines
+from sdfp_vllm.measure.engines import run_engine, run_engines
+from sdfp_vllm.measure.spec import EngineSpec, Turn
 from tests.support.engines import pacing_by_hand, write_plan
 
 pytestmark = pytest.mark.engine
@@ -42,3 +46,41 @@ def test_engines_take_turns_until_told_to_stop(target, kept, prompts, tmp_path):
     assert [t.token_ids for t in drafted.turns] == [t.token_ids for t in plain.turns]
     assert len(short.turns[0].token_ids[0]) == 8 and short.turns[0].paced
     assert drafted.whole.rounds > 0 == plain.whole.rounds
+
+
+def test_streamed_text_comes_in_pieces_that_join_to_the_unstreamed_text(target, kept, tmp_path):
+    """Of characters that span two tokens each, which rounds of drafts cut anywhere."""
+    model = tmp_path / "model"
+    shutil.copytree(target, model)
+    file = model / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    hash_sign, newline = vocab["#"], vocab["\u010a"]
+    # The two tokens trade names with the two bytes of an e with an acute accent, as byte-level BPE writes them.
+    for mine, byte in (("#", "\u00c3"), ("\u010a", "\u00a9")):
+        vocab[mine], vocab[byte] = vocab[byte], vocab[mine]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+
+    asked = dict(prompts=[[hash_sign, newline] * 12], max_tokens=101)
+    spec = EngineSpec(
+        model=str(model),
+        turns=[Turn(**asked), Turn(**asked, streamed=True)],
+        warm_up=[hash_sign] * 8,
+        speculative={
+            "method": "sdfp",
+            "model": write_plan(model, tmp_path / "plan", kept, k=3),
+            "num_speculative_tokens": 3,
+        },
+        ignore_eos=True,
+        dtype="float32",
+        engine={"max_model_len": 256, "enforce_eager": True, "enable_prefix_caching": False},
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    pieces: list[str] = []
+    unstreamed, streamed = run_engine(spec, pieces.append).turns
+    times = {"seconds", "decode_seconds", "draft_seconds"}
+    assert streamed.model_dump(exclude=times) == unstreamed.model_dump(exclude=times)
+    assert streamed.decode_seconds > 0 and streamed.rounds > 0
+    assert "".join(pieces) == streamed.texts[0]
+    assert len(pieces) > 2, "the text came when it was whole"
+    assert streamed.texts[0].count("\u00e9") > 20 and "\ufffd" not in streamed.texts[0]

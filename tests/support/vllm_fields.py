@@ -10,12 +10,13 @@ SAMPLING_PARAMS = {
     "works: tests/engine_v1/test_request_fields.py": """
         logprob_token_ids flat_logprobs thinking_token_budget min_tokens stop include_stop_str_in_output
         skip_special_tokens spaces_between_special_tokens detokenize repetition_detection skip_reading_prefix_cache
-        extra_args stream_interval max_tokens ignore_eos
+        stream_interval max_tokens ignore_eos
     """,
     "works: tests/engine_v1/test_greedy_features.py": """
         n stop_token_ids bad_words allowed_token_ids repetition_penalty presence_penalty frequency_penalty
         structured_outputs logprobs prompt_logprobs
     """,
+    "works: tests/engine_v1/test_request_limits.py": "extra_args",
     "works: tests/engine_v1/test_sampling.py": "temperature top_k top_p seed",
     "refused: by vLLM, per request, with any speculative method": "min_p logit_bias trace_decode_token_ids",
     "refused: by vLLM, for an engine without --enable-return-routed-experts, which SDFP refuses": """
@@ -32,9 +33,9 @@ SAMPLING_PARAMS = {
 # Fields of the routes below that have not the name of a sampling parameter.
 ROUTES = {
     "works: tests/engine_v1/test_request_fields.py": "prompt_embeds use_beam_search",
-    "works: tests/e2e/test_serve.py": "model prompt stream",
+    "works: tests/e2e/test_serve.py": "model prompt stream vllm_xargs",
     "irrelevant: other names for a sampling parameter above": """
-        max_completion_tokens max_output_tokens top_logprobs response_format text vllm_xargs echo include
+        max_completion_tokens max_output_tokens top_logprobs response_format text echo include
     """,
     "irrelevant: makes the prompt": """
         tools tool_choice parallel_tool_calls max_tool_calls reasoning reasoning_effort documents chat_template
@@ -61,6 +62,7 @@ ENGINE_ARGS = {
     "works: tests/engine_v1/test_request_fields.py": "enable_prompt_embeds reasoning_config max_logprobs",
     "works: tests/engine_v1/test_greedy.py": "enable_prefix_caching num_gpu_blocks_override max_num_batched_tokens",
     "works: tests/engine_v1/test_greedy_features.py": "async_scheduling",
+    "works: tests/engine_v1/test_request_limits.py": "per_request_spec_decode_metrics",
     "works: tests/engine_v1/test_settings_grid.py": "block_size",
     "works: tests/engine_v1/test_sampling.py": "seed skip_tokenizer_init",
     "works: tests/engine_v1/test_quantised.py": "kv_cache_dtype",
@@ -140,7 +142,7 @@ ENGINE_ARGS = {
     """,
     "irrelevant: what is measured and logged": """
         aggregate_engine_logging show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces
-        per_request_spec_decode_metrics kv_cache_metrics kv_cache_metrics_sample custom_histogram_buckets
+        kv_cache_metrics kv_cache_metrics_sample custom_histogram_buckets
         cudagraph_metrics enable_layerwise_nvtx_tracing enable_mfu_metrics enable_logging_iteration_details
         jit_monitor_mode jit_monitor_verbose profiler_config logging_config log_level log_config_file
         enable_log_requests

@@ -78,9 +78,16 @@ SYMBOLS: dict[str, dict[str, list[str]]] = {
             "CommonAttentionMetadata(query_start_loc, query_start_loc_cpu, seq_lens, seq_lens_cpu_upper_bound, "
             "num_actual_tokens, max_query_len, max_seq_len, block_table_tensor, slot_mapping)",
         ],
-        "vllm.v1.core.sched.scheduler": ["Scheduler.make_spec_decoding_stats(num_draft_tokens, num_accepted_tokens)"],
+        "vllm.v1.core.sched.scheduler": [
+            "Scheduler.make_spec_decoding_stats(num_draft_tokens, num_accepted_tokens, request_id)",
+            "Scheduler.make_stats",
+            "Scheduler.schedule",
+            "Scheduler.update_draft_token_ids(draft_token_ids)",
+        ],
         "vllm.v1.engine.input_processor": ["InputProcessor._validate_params(params)"],
         "vllm.v1.kv_cache_interface": ["FullAttentionSpec", "KVCacheConfig.kv_cache_groups", "UniformTypeKVCacheSpecs.kv_cache_specs"],
+        "vllm.v1.metrics.loggers": ["PrometheusStatLogger.record(scheduler_stats, engine_idx)"],
+        "vllm.v1.metrics.stats": ["SchedulerStats"],
         "vllm.v1.sample.metadata": ["SamplingMetadata(temperature, all_greedy, all_random, top_p, top_k, generators)"],
         "vllm.v1.sample.logits_processor.builtin": [
             "MinTokensLogitsProcessor.apply_with_spec_decode(num_draft_tokens)",

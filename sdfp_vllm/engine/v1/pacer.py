@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdfp_vllm.engine.metrics import CountedDrafts, counts_of
+from sdfp_vllm.engine.request_limits import is_ruled, limits
 from sdfp_vllm.engine.upstream.symbols import SamplingMetadata
 from sdfp_vllm.pacing.ngram import latest_longest_match
-from sdfp_vllm.pacing.policy import GREEDY, SAMPLED, DraftPolicy, Round, Row
+from sdfp_vllm.pacing.paces import Paces
+from sdfp_vllm.pacing.policy import GREEDY, RULED, SAMPLED, DraftPolicy, Round, Row
 
 GREEDY_BELOW = 1e-5  # vLLM's own bound: a lower temperature is greedy
 
@@ -104,6 +107,7 @@ class Pacer:
         self.policy, self._runner, self.copies, self.timed = policy, runner, copies, timed
         self._left = 0.0  # when the last round's drafting ended
         self._open: tuple[Round, list[str], list[int]] | None = None
+        self._paces = Paces()
         self.tally = Tally()
 
     def paces(self, sampling: SamplingMetadata) -> bool:
@@ -156,7 +160,7 @@ class Pacer:
         self.tally.add(round, count if settled else None)
         out = None if sampling.all_greedy else _distributions(drafts, rows, probs)
         self._left = time.perf_counter()
-        return drafts, out
+        return CountedDrafts(drafts, counts_of(rows, (self._left - came) * 1e3)), out
 
     def _rows(self, verified: Verified, sampling: SamplingMetadata) -> list[Row]:
         batch = self._runner.input_batch
@@ -166,9 +170,14 @@ class Pacer:
         if not sampling.all_greedy and temperature is not None:
             sampled = (temperature[: len(waits)] >= GREEDY_BELOW).tolist()
         rows = []
-        for i, (wait, draws) in enumerate(zip(waits, sampled, strict=True)):
-            row = Row(None if wait else SAMPLED if draws else GREEDY, most=self._tokens_left(i, verified) - 1)
-            if self.copies and not wait:
+        paces = self._paces.ahead(batch.req_ids)
+        for i, (wait, draws, ahead) in enumerate(zip(waits, sampled, paces, strict=True)):
+            params = self._runner.requests[batch.req_ids[i]].sampling_params
+            kind = RULED if is_ruled(params) else SAMPLED if draws else GREEDY
+            asked = limits(params)
+            most = min(self._tokens_left(i, verified) - 1, asked.longest)
+            row = Row(None if wait else kind, most=most, ahead=ahead)
+            if self.copies and asked.copies and not wait:
                 row.match = latest_longest_match(self._context(batch, i, verified), self.policy.longest)
             rows.append(row)
         return rows
@@ -210,11 +219,12 @@ class Pacer:
                 tried.append(0)
                 continue
             seen += 1
+            self._paces.observe(request, 1 + verified.accepted[i])
             accepted.append(verified.accepted[i])
             tried.append(len(verified.tokens[i]) - 1)
             if row.match:
                 came = verified.tokens[i][1 : verified.accepted[i] + 1]
-                self.policy.learn_copying(row.match, [*came, verified.sampled[i]])
+                self.policy.learn_copying(row.match, [*came, verified.sampled[i]], row.kind)
         self.policy.settle(round, accepted, tried)
         return seen == len(ids)
 

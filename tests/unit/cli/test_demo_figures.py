@@ -9,7 +9,8 @@ from sdfp_vllm.demo import picture, report
 from sdfp_vllm.demo.figures import by_kind, overall, row
 from sdfp_vllm.demo.run import DemoSettings, run_demo
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.measure.engines import EngineSpec, Measurement, Turn, TurnMeasurement, run_engine
+from sdfp_vllm.measure.engines import run_engine
+from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn, TurnMeasurement
 from sdfp_vllm.pacing.record import CONFIDENCE_EDGES, Pacing
 
 

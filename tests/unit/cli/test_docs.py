@@ -101,6 +101,8 @@ def test_every_setting_is_documented():
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "Makefile"], ids=[*NAMES, "Makefile"])
 def test_modules_that_are_to_be_run_exist(page):
     """`python -m benchmarks.x` names a file, or a package with a `__main__`."""
-    for module in re.findall(r"(?:python|\$\(PY\)) -m ((?:benchmarks|examples|tests|sdfp_vllm)[\w.]*\w)", page.read_text()):
+    for module in re.findall(
+        r"(?:python|\$\(PY\)) -m ((?:benchmarks|examples|tests|sdfp_vllm)[\w.]*\w)", page.read_text()
+    ):
         path = ROOT.joinpath(*module.split("."))
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

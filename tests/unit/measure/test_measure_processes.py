@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CHILD = "from sdfp_vllm.measure.engines import die_with_parent; die_with_parent(); print('ready', flush=True); import time; time.sleep(60)"
+CHILD = "from sdfp_vllm.measure.worker import die_with_parent; die_with_parent(); print('ready', flush=True); import time; time.sleep(60)"
 PARENT = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {CHILD!r}]); print(p.pid, flush=True); p.wait()"
 
 

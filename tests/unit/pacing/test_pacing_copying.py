@@ -55,9 +55,10 @@ def test_copies_that_prove_wrong_are_left_to_the_model():
 
 def test_copying_is_learned_from_matches_that_were_not_used():
     policy = DraftPolicy(costs(), longest=8)
-    before = policy.copying[2], policy.copying[3], policy.copying[4]
+    odds = policy.copying[GREEDY]
+    before = odds[2], odds[3], odds[4]
     policy.learn_copying(Match(3, [1, 2, 3]), [1, 2, 7])
-    after = policy.copying[2], policy.copying[3], policy.copying[4]
+    after = odds[2], odds[3], odds[4]
     assert after[0] > before[0] and after[1] > before[1] and after[2] < before[2]
 
 

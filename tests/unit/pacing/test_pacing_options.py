@@ -11,17 +11,19 @@ from sdfp_vllm.pacing.ngram import Match
 from sdfp_vllm.pacing.options import Copy, Options, best_copy
 
 
-def best_by_enumeration(kinds, most, copies, model, shares, reserve, price, step_ms, rows_ms) -> float:
+def best_by_enumeration(
+    kinds, most, copies, worths, model, shares, reserve, price, step_ms, rows_ms
+) -> float:
     """The highest net gain, by the book: what `Options` computes for all numbers of steps at once."""
     nets = []
     for k in range(len(model[0])):
         for copying in (False, True):
             gains, drafts = [], 0
             row_price = price * rows_ms(len(kinds) * k) / (len(kinds) * k) if k else 0.0
-            for kind, longest, copy in zip(kinds, most, copies, strict=True):
+            for kind, longest, copy, w in zip(kinds, most, copies, worths, strict=True):
                 own = min(k, longest)
-                copies_it = copying and copy.length and copy.worth > model[kind][own] - own * row_price
-                gains.append(copy.gain if copies_it else model[kind][own])
+                copies_it = copying and copy.length and copy.worth > w * model[kind][own] - own * row_price
+                gains.append(copy.gain if copies_it else w * model[kind][own])
                 drafts += copy.length if copies_it else own
             worth = sum(  # a token that n requests gain is worth shares[n]
                 (high - low) * n * shares[n]
@@ -49,15 +51,17 @@ def test_the_best_option_is_the_best(data):
 
     prices = [price * rows_ms(n) for n in range(longest + 1)]
     matches = data.draw(st.lists(st.none() | st.integers(1, 9), min_size=count, max_size=count))
+    worths = data.draw(st.lists(st.floats(0.1, 4), min_size=count, max_size=count))
     copies = [
-        best_copy(Match(n, [7] * 4) if n else None, [0.5, 0.7, 0.9], prices, m)
-        for n, m in zip(matches, most, strict=True)
+        best_copy(Match(n, [7] * 4) if n else None, [0.5, 0.7, 0.9], prices, m, w)
+        for n, m, w in zip(matches, most, worths, strict=True)
     ]
     shares = [0.0, *sorted(data.draw(st.lists(st.floats(0, 1), min_size=count - 1, max_size=count - 1))), 1.0]
     given_ = dict(
         kinds=kinds,
         most=most,
         copies=copies,
+        worths=worths,
         model=model,
         shares=shares,
         reserve=data.draw(st.floats(0, 1)),
