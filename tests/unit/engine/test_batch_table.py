@@ -3,7 +3,7 @@
 import pytest
 
 from sdfp_vllm.engine.drafting import ANY_BATCH, batch_table
-from tests.unit.plan.test_plan import make_plan
+from tests.support.plans import make_plan
 
 
 def test_ranges_touch_and_the_last_has_no_end():

@@ -17,7 +17,7 @@ from sdfp_vllm.plan.bridge_file import pack_bridges
 from sdfp_vllm.plan.parcel import BRIDGE_FILE, PLAN_FILE
 from sdfp_vllm.plan.schema import BridgeRun, SkipPlan, runs_skipped
 from sdfp_vllm.plan.store import load_parcel, load_plan, save_plan
-from tests.unit.plan.test_plan import VIEW, make_plan, stored
+from tests.support.plans import VIEW, make_plan, stored
 
 HIDDEN, RUN = 8, (1, 2)  # make_plan: 4 layers, 0 and 3 kept
 

@@ -16,7 +16,7 @@ from sdfp_vllm.plan.parcel import HEAD_FILE, PLAN_FILE
 from sdfp_vllm.plan.schema import DraftHead, SkipPlan
 from sdfp_vllm.plan.store import load_parcel, load_plan, save_plan
 from sdfp_vllm.plan.tensor_file import pack_tensors
-from tests.unit.plan.test_plan import VIEW, make_plan, stored
+from tests.support.plans import VIEW, make_plan, stored
 
 TOKENS = [0, 3, 4, 15]  # make_plan: a vocabulary of 16
 

@@ -18,9 +18,9 @@ from sdfp_vllm.plan.model_files import INDEX, resolve_model_dir, weight_files
 from sdfp_vllm.plan.show import serve_command
 from sdfp_vllm.plan.store import default_plan_dir, find_plan, save_plan
 from tests.support.hub import Hub, hub_of_this_process
+from tests.support.plans import write_model
 from tests.support.tiny_models import tiny_config
 from tests.unit.cli.test_cli import make
-from tests.unit.plan.test_plan import write_model
 
 ID = "someone/model"
 

@@ -14,7 +14,7 @@ from sdfp_vllm.errors import PlanError
 from sdfp_vllm.plan.head_file import pack_head
 from sdfp_vllm.plan.parcel import BRIDGE_FILE, HEAD_FILE, PLAN_FILE, PlanParcel
 from sdfp_vllm.plan.store import load_parcel, save_plan
-from tests.unit.plan.test_plan import VIEW, bridged_and_restricted, make_plan, stored
+from tests.support.plans import VIEW, bridged_and_restricted, make_plan, stored
 
 FILES = {BRIDGE_FILE: "bridges", HEAD_FILE: "a restricted draft head"}
 

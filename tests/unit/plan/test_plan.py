@@ -2,164 +2,34 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import get_args
 
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from sdfp_vllm.errors import PlanError, SdfpError
-from sdfp_vllm.pacing.record import CONFIDENCE_EDGES
-from sdfp_vllm.plan.bridge import Bridge
-from sdfp_vllm.plan.bridge_file import pack_bridges
-from sdfp_vllm.plan.costs import Costs
-from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint
-from sdfp_vllm.plan.head_file import pack_head
+from sdfp_vllm.plan.fingerprint import fingerprint
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.parcel import PLAN_FILE
 from sdfp_vllm.plan.schema import (
-    BridgeRun,
-    Candidate,
-    Chances,
     DraftHead,
-    FitScore,
-    LayerScore,
-    Prediction,
-    Provenance,
-    SkipPlan,
-    Speeds,
-    StoredView,
-    WindowTried,
 )
 from sdfp_vllm.plan.store import default_plan_dir, load_plan, save_plan
-from sdfp_vllm.plan.view import DraftView
 from sdfp_vllm.plan.window import DraftWindow
-
-LAYERS = 4
-VIEW = DraftView.at(KeepSet((0, 3)), {("attention", 0): "int8", ("mlp", 3): "int8"})
-PARTIAL = DraftView.at(KeepSet((0,), attention=(1, 2), mlp=(3,)), {("attention", 1): "int8"})
-
-
-def stored(view: KeepSet, **changes) -> StoredView:
-    return StoredView.of(view, LAYERS).model_copy(update=changes)
-
-
-def make_plan(**changes) -> SkipPlan:
-    """A plan with something in every field; its bridges and its head are beside it, so changes bring them."""
-    score = FitScore(
-        fisher_trace=1.0,
-        perturbation_variance=0.5,
-        trace_score=0.5,
-        diagonal_score=0.25,
-        rounding_scores={"int8": 0.01},
-    )
-    partial = stored(KeepSet((3,), attention=(0,), mlp=(1,)))
-    plan = SkipPlan(
-        model="org/model",
-        fingerprint=Fingerprint(
-            architecture="LlamaForCausalLM", num_layers=LAYERS, hidden_size=8, vocab_size=16, sha256="a" * 64
-        ),
-        view=stored(VIEW, head=DraftHead(precision="int8")),
-        extra_bytes=1000,
-        num_speculative_tokens=2,
-        draft_tokens_by_batch=[(1, 2), (8, 1), (32, 0)],
-        worthwhile=True,
-        prediction=Prediction(acceptance_rate=0.8, mean_accepted_length=2.4, speedup=1.4),
-        scores=[LayerScore(layer=i, total=score, attention=score, mlp=score) for i in range(LAYERS)],
-        curve=[
-            Candidate(
-                attention=stored(VIEW).attention,
-                mlp=stored(VIEW).mlp,
-                acceptance=[0.8, 0.7],
-                speedup=[1.0, 1.3, 1.4],
-            ),
-            Candidate(attention=partial.attention, mlp=partial.mlp, acceptance=[0.8], speedup=[1.0, 1.2]),
-        ],
-        costs=Costs(
-            rows=[1, 2, 3],
-            attention={"full": [0.25, 0.3, 0.35], "int8": [0.125, 0.15, 0.2]},
-            mlp={"full": [0.75, 0.8, 0.85], "int8": [0.375, 0.4, 0.45]},
-            head={"full": [0.1, 0.1, 0.2], "int8": [0.05, 0.05, 0.1]},
-            draft_head=[0.05, 0.05, 0.1],
-            num_layers=LAYERS,
-            layer_overhead_ms=0.01,
-            draft_overhead_ms=0.1,
-            round_overhead_ms=0.2,
-            device="cpu",
-            dtype="float32",
-            threads=2,
-            engine="compiled",
-        ),
-        chances=Chances(acceptance=[0.8, 0.7], confidence=[0.5] * (len(CONFIDENCE_EDGES) + 1)),
-        check=Speeds(
-            plain=10.0,
-            drafted=13.0,
-            copies=14.0,
-            other=9.0,
-            other_dtype="bfloat16",
-            acceptance_rate=0.75,
-            mean_accepted_length=2.3,
-            prompts=4,
-            identical=4,
-            engine="compiled",
-        ),
-        made=Provenance(
-            calibration="stdlib",
-            calibration_tokens=100,
-            score_text="own",
-            seed=0,
-            selector="fit",
-            created="2026-01-01",
-            sdfp_version="0",
-            torch_version="0",
-            transformers_version="0",
-        ),
-    )
-    return plan.model_copy(update=changes)
-
-
-def bridged_and_restricted() -> tuple[SkipPlan, bytes, bytes]:
-    """A plan with both files beside it, and their contents."""
-    runs = [BridgeRun(first=1, last=2, regularisation=0.1, error=0.5)]
-    bridges, tensors = pack_bridges(runs, {(1, 2): Bridge(torch.ones(8))})
-    head, tokens = pack_head(torch.tensor([0, 3, 15]), coverage=0.75, precision="int8")
-    view = stored(VIEW, bridges=bridges, head=head, window=DraftWindow(last=1024))
-    tried = [
-        WindowTried(context=4096, last=last, tokens_per_second=9.0, acceptance_rate=0.5)
-        for last in (None, 1024)
-    ]
-    return make_plan(view=view, windows=tried), tensors, tokens
+from tests.support.plans import (
+    VIEW,
+    bridged_and_restricted,
+    edit,
+    make_plan,
+    write_model,
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_plan(make_plan(), tmp_path)
     return tmp_path
-
-
-def edit(folder: Path, **changes) -> Path:
-    path = folder / PLAN_FILE
-    raw = json.loads(path.read_text())
-    for dotted, value in changes.items():
-        *parents, last = (int(key) if key.isdigit() else key for key in dotted.split("__"))
-        node = raw
-        for key in parents:
-            node = node[key]
-        if value is ...:
-            del node[last]
-        else:
-            node[last] = value
-    path.write_text(json.dumps(raw))
-    return path
 
 
 def test_round_trip_from_folder_and_from_file(folder):
@@ -398,123 +268,6 @@ def test_plan_for_another_model_names_the_differences(folder):
     other = make_plan().fingerprint.model_copy(update={"hidden_size": 9, "sha256": "b" * 64})
     with pytest.raises(PlanError, match=r"hidden_size is 8 in the plan but 9.*sha256"):
         load_plan(folder, expected=other)
-
-
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def paths(node, prefix=()):
-    """Every place in a JSON tree."""
-    yield prefix
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in items:
-        yield from paths(child, (*prefix, key))
-
-
-def test_no_field_is_missing_from_the_plans_that_are_mutated():
-    """Every field of the schema, and every kind of bridge and head, is in one of them."""
-    seen = {
-        ".".join("*" if isinstance(k, int) else k for k in p) for kind in KINDS for p in paths(raw_of(kind))
-    }
-
-    def fields(model: type[BaseModel], prefix: str = ""):
-        for name, field in model.model_fields.items():
-            here = prefix + name
-            yield here
-            for part in _inner(field.annotation):
-                if isinstance(part, type) and issubclass(part, BaseModel):
-                    yield from fields(part, f"{here}.*." if "list[" in str(field.annotation) else f"{here}.")
-
-    assert set(fields(SkipPlan)) <= seen
-
-
-def _inner(annotation) -> list:
-    """A type and all that its parameters hold."""
-    return [annotation, *(part for arg in get_args(annotation) for part in _inner(arg))]
-
-
-KINDS = ("whole", "partial", "beside")
-
-
-def saved(kind: str, folder: Path) -> Path:
-    """A plan of whole layers, one of single branches, or one with files beside it."""
-    plan, *files = {
-        "whole": lambda: (make_plan(),),
-        "partial": lambda: (make_plan(view=stored(PARTIAL)),),
-        "beside": bridged_and_restricted,
-    }[kind]()
-    save_plan(plan, folder, *files)
-    return folder
-
-
-def raw_of(kind: str):
-    return json.loads(_plans(kind)[0])
-
-
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_any_mutation_gives_a_plan_or_our_error(data):
-    """10,000 mutations of structure or bytes: a valid plan, or PlanError. Nothing else leaves load_plan."""
-    text, folder, names = _plans(data.draw(st.sampled_from(KINDS)))
-    if data.draw(st.booleans()):
-        raw = json.loads(text)
-        for _ in range(data.draw(st.integers(1, 3))):
-            *parents, last = data.draw(st.sampled_from([p for p in paths(raw) if p]))
-            node = raw
-            for key in parents:
-                node = node[key]
-            if data.draw(st.booleans()):
-                node[last] = data.draw(_JSON)
-            elif isinstance(node, dict):
-                node[data.draw(st.text(max_size=4))] = node.pop(last)
-            else:
-                node.pop(last)
-        blob = json.dumps(raw).encode()
-    else:
-        blob = bytearray(text.encode())
-        for _ in range(data.draw(st.integers(1, 8))):
-            blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
-        blob = (
-            bytes(blob[: data.draw(st.integers(0, len(blob)))]) if data.draw(st.booleans()) else bytes(blob)
-        )
-    (folder / PLAN_FILE).write_bytes(blob)
-    try:
-        plan = load_plan(folder)
-    except PlanError as e:
-        assert str(folder) in str(e) and e.way_out
-    else:
-        layers = plan.fingerprint.num_layers
-        for seen in (plan.view.branches, *(c.view for c in plan.curve)):
-            assert 0 <= min(seen.touched()) <= max(seen.touched()) < layers and seen.problem(layers) is None
-        assert StoredView.of(plan.view.branches, layers).attention == plan.view.attention
-        for served in (plan, plan.at_full_precision()):  # what an engine asks of it
-            assert served.pacing is None or min(served.pacing.draft_ms + served.pacing.target_ms) > 0
-            assert served.promised_speedup >= 0
-    assert sorted(p.name for p in folder.iterdir()) == names
-
-
-@functools.cache
-def _plans(kind: str) -> tuple[str, Path, list[str]]:
-    """A plan's text, a folder that it lies in, and the names in there."""
-    folder = saved(kind, Path(tempfile.mkdtemp()))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return (folder / PLAN_FILE).read_text(), folder, sorted(p.name for p in folder.iterdir())
-
-
-# ---------------------------------------------------------------- fingerprint
-def write_model(folder: Path, weights: bytes = b"weights", **config) -> Path:
-    folder.mkdir(exist_ok=True)
-    base = dict(architectures=["LlamaForCausalLM"], num_hidden_layers=4, hidden_size=8, vocab_size=16)
-    (folder / "config.json").write_text(json.dumps({**base, **config}))
-    header = json.dumps(
-        {"w": {"dtype": "U8", "shape": [len(weights)], "data_offsets": [0, len(weights)]}}
-    ).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + weights)
-    return folder
 
 
 def test_fingerprint_sees_weights_shape_and_config_but_not_volatile_keys(tmp_path):
