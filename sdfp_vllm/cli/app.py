@@ -62,7 +62,7 @@ def _root(
 
 
 for _name, _command, _example in (
-    ("plan", plan_command, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ("plan", plan_command, "HuggingFaceTB/SmolLM2-135M-Instruct --dtype float32"),
     ("show", show_command, "HuggingFaceTB/SmolLM2-135M-Instruct --html plan.html"),
     ("generate", generate_command, 'HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Why is the sky blue?"'),
     ("batch", batch_command, "prompts.jsonl answers.jsonl HuggingFaceTB/SmolLM2-135M-Instruct"),

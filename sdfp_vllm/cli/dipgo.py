@@ -54,7 +54,7 @@ def search_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a learned search.")] = False,
     out: _Out = Path("."),
 ) -> None:
-    """Finds which blocks of PIPELINE need not run in which steps, and writes the plan."""
+    """Find which blocks of PIPELINE need not run in which steps, and write the plan."""
     from rich.console import Console
 
     from sdfp_vllm.common.terminal import console

@@ -34,7 +34,10 @@ def generate_command(
     draft_tokens: Annotated[
         int | None, typer.Option(min=1, help="Draft tokens a round; default: the plan's.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="auto, float32, bfloat16, float16; default: what the plan was made for."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the request (default: none; a seeded request is not paced).")
     ] = None,
@@ -68,7 +71,10 @@ def generate_command(
         check_sampling("--seed", {"seed": seed})
     folder = resolve_model_dir(model, revision)
     refuse_untrusted(folder, trust_remote_code)
-    plan_dir = find_plan(model, plan, revision).source  # a bad plan is refused before an engine starts
+    parcel = find_plan(model, plan, revision)  # a bad plan is refused before an engine starts
+    plan_dir = parcel.source
+    if dtype is None:
+        dtype = parcel.plan.costs.dtype if parcel.plan.costs else "auto"
     asked = text if raw else as_chat(text, folder, trust_remote_code)
 
     speculative: dict[str, Any] = {"method": "sdfp", "model": str(plan_dir)}

@@ -104,7 +104,7 @@ def plan_command(
         typer.Option("-o", "--out", help="Output folder (default: where the engine looks by itself)."),
     ] = None,
 ) -> None:
-    """Find which view of MODEL drafts best on this machine, and writes the plan."""
+    """Find which view of MODEL drafts best on this machine, and write the plan."""
     from rich.console import Console
 
     from sdfp_vllm.common.terminal import console

@@ -127,25 +127,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     plan, path = parcel.plan, parcel.source
     refuse_missing_kernels(plan, model_config)
     drafting = decide_drafting(plan, settings, spare_slots=current_platform.is_cpu())
-    served = str(model_config.dtype).removeprefix("torch.")
-    if plan.costs and plan.costs.dtype != served:
-        logger.warning(
-            "The plan %s was made for %s, and the model is served in %s: drafts stay exact, but costs and acceptance are "
-            "others. Serve with --dtype %s, or plan with `sdfp plan %s --dtype %s`.",
-            path,
-            plan.costs.dtype,
-            served,
-            plan.costs.dtype,
-            plan.model_argument,
-            served,
-        )
-    if not plan.worthwhile:
-        logger.warning(
-            "The plan %s promises no gain over plain decoding on the machine that made it (%.2fx). Serving goes on "
-            "with it as asked.",
-            path,
-            plan.promised_speedup,
-        )
+    warn_of_other_conditions(plan, path, model_config)
     # A model that drafts with itself has a full distribution to sample from, and sampling from it
     # is accepted more often than its argmax; greedy requests are not affected.
     passed = {"draft_sample_method": "probabilistic", **settings}
@@ -173,6 +155,40 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
             f"{first['msg']}, got {first['input']!r}",
             "Correct it, or leave it out.",
         ) from e
+
+
+def warn_of_other_conditions(plan: SkipPlan, path: str, model_config: Any) -> None:
+    """Warns where the plan was made for another dtype or another kind of engine, or promises nothing."""
+    served = str(model_config.dtype).removeprefix("torch.")
+    if plan.costs and plan.costs.dtype != served:
+        logger.warning(
+            "The plan %s was made for %s, and the model is served in %s: drafts stay exact, but costs and acceptance are "
+            "others. Serve with --dtype %s, or plan with `sdfp plan %s --dtype %s`.",
+            path,
+            plan.costs.dtype,
+            served,
+            plan.costs.dtype,
+            plan.model_argument,
+            served,
+        )
+    how = "eager" if model_config.enforce_eager else "compiled"
+    if plan.costs and plan.costs.engine not in (None, how):
+        logger.warning(
+            "The plan %s was made for %s engine, and this one is %s: drafts stay exact, but costs are others. Serve as it was planned, "
+            "or plan with `sdfp plan %s%s`.",
+            path,
+            {"eager": "an eager", "compiled": "a compiled"}.get(plan.costs.engine, plan.costs.engine),
+            how,
+            plan.model_argument,
+            " --eager" if how == "eager" else "",
+        )
+    if not plan.worthwhile:
+        logger.warning(
+            "The plan %s promises no gain over plain decoding on the machine that made it (%.2fx). Serving goes on "
+            "with it as asked.",
+            path,
+            plan.promised_speedup,
+        )
 
 
 def at_precision(parcel: PlanParcel, asked: Any) -> PlanParcel:

@@ -95,7 +95,10 @@ class Traffic:
             )
         elif self.paced and self.paused > self.paced / 2:
             said.append("Most rounds drafted nothing: drafts seldom pay here (docs/use/when-it-pays.md).")
-        if self.drafted and self.accepted < POOR_ACCEPTANCE * self.drafted:
+        # Copies are cheap and often wrong, and whose drafts were accepted is not counted: the model's fall short for sure only if
+        # all that was accepted would be too little of them.
+        planned = self.model if self.copied else self.drafted
+        if self.drafted and planned and self.accepted < POOR_ACCEPTANCE * planned:
             said.append(
                 "Few drafts were accepted: plan again with `--calibration` of your own traffic "
                 "(docs/use/troubleshooting.md)."

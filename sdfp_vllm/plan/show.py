@@ -94,7 +94,7 @@ def check(plan: SkipPlan) -> list[str]:
     """What the engine gave, line by line; where nothing was run, that."""
     c = plan.check
     if c is None:
-        return ["Not checked on an engine."]
+        return ["Not checked on an engine: `sdfp plan` does that at its end, without --no-check."]
     dtype = plan.costs.dtype if plan.costs else ""
     lines = [
         f"Measured ({c.engine} engine, {c.prompts} prompts, batch 1, {dtype}): plain {c.plain:.1f} tokens/s, drafts "

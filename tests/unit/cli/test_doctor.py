@@ -106,7 +106,8 @@ def test_healthy_traffic_gets_no_advice():
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"accepted": 124}, "--calibration"),
+        ({"accepted": 99}, "--calibration"),
+        ({"accepted": 124, "model": 0, "copied": 0}, "--calibration"),  # fixed lengths: nothing was copied
         ({"rounds": 0, "drafted": 0, "accepted": 0}, "Nothing was drafted"),
         ({"paused": 56}, "Most rounds drafted nothing"),
         ({"running": 8}, "batch is large"),
@@ -115,6 +116,10 @@ def test_healthy_traffic_gets_no_advice():
 def test_poor_traffic_gets_one_advice(change, says):
     advice = replace(HEALTHY, **change).advice()
     assert len(advice) == 1 and says in advice[0]
+
+
+def test_copies_that_were_wrong_do_not_speak_against_the_plan():
+    assert replace(HEALTHY, accepted=101, drafted=400, copied=200).advice() == []
 
 
 def test_figures_are_quotients_of_what_was_counted():
