@@ -1,6 +1,7 @@
 """Settings every test shares; they must stand before vLLM is imported."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_NO_USAGE_STATS="1",
 )
+
+# A shell's background job ignores Ctrl-C, and so would every child of it; tests send it to some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---------------------------------------------------------------- how many answers were compared
 _compared_in_workers = 0
