@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import bench_draft_begin
-import bench_draft_step
-import bench_embed_rms_norm
-import bench_skip_residual_rms_norm
-import bench_skip_residual_rms_norm_rounded
 import torch
 
+from benchmarks.kernels import (
+    bench_draft_begin,
+    bench_draft_step,
+    bench_embed_rms_norm,
+    bench_skip_residual_rms_norm,
+    bench_skip_residual_rms_norm_rounded,
+)
 from benchmarks.kernels.measure import measure, print_bytes, write_csv
 
 OPS = (

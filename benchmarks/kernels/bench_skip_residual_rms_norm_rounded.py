@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_skip_residual_rms_norm import DTYPE, EPS, HIDDEN, ROWS, make_bridge
 
+from benchmarks.kernels.bench_skip_residual_rms_norm import DTYPE, EPS, HIDDEN, ROWS, make_bridge
 from benchmarks.kernels.measure import Case, importable
 from sdfp_vllm.kernels.skip_residual_rms_norm import skip_residual_rms_norm
 from sdfp_vllm.kernels.skip_residual_rms_norm_rounded import (

@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu.engines import make_plan
-
 from benchmarks.common.engine_here import acceptance, draft_counts, engines_here
+from benchmarks.gpu.engines import make_plan
 
 LENGTH, DRAFTS = 128, 3
 

@@ -83,8 +83,8 @@ def generate(llm: Any) -> tuple[list[list[int]], float]:
 def measure(model: Path, repeats: int) -> dict[str, Any]:
     """Plain decoding, then every head in turn, then plain decoding again."""
     import torch
-    from gpu.engines import make_plan
 
+    from benchmarks.gpu.engines import make_plan
     from sdfp_vllm.engine.draft.head import draft_head
 
     plain: list[float] = []

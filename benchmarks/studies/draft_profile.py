@@ -16,9 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu.engines import make_plan
-
 from benchmarks.common.engine_here import Stopwatch, engines_here
+from benchmarks.gpu.engines import make_plan
 
 PARTS = {
     "_forward": "layers and final norm",

@@ -27,9 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 import torch
-from fit_memory import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.studies.fit_memory import SIZES
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.plan.fingerprint import fingerprint
 from sdfp_vllm.planner.ray_fisher import FisherJob, ray_fisher_sums
