@@ -28,6 +28,7 @@ from rich.console import Console
 from benchmarks.serving.figures import PLAIN, draw, problems, rows_of, table
 from benchmarks.serving.load import under_load
 from benchmarks.serving.server import Server, serve
+from sdfp_vllm.common.json_lines import json_rows
 from sdfp_vllm.common.provenance import provenance, weights_of
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.demo.methods import speculative
@@ -36,6 +37,7 @@ from sdfp_vllm.demo.run import plan_for
 from sdfp_vllm.demo.smollm2 import smollm2
 from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
 from sdfp_vllm.plan.store import default_plan_dir
+from sdfp_vllm.planner.calibration import chat_of
 
 IDLE, SDFP = "SDFP, drafting nothing", "SDFP"
 NOTHING = [[1, 1 << 20, 0]]  # no drafts at any batch size
@@ -158,8 +160,8 @@ def _flags(config: dict[str, Any] | None) -> list[str]:
 
 def _prompts(file: Path | None) -> list[str]:
     """The first thing that is asked in each row."""
-    rows = [json.loads(line) for line in (file or OWN).read_text().splitlines() if line.strip()]
-    return [r.get("prompt") or r.get("turns", [None])[0] or r["messages"][0]["content"] for r in rows]
+    file = file or OWN
+    return [chat_of(row, where)[1][-1]["content"] for _, where, row in json_rows(file, file.name)]
 
 
 def _loads(prompts: list[str], names: list[str], repeats: int, seconds: float) -> list[dict[str, Any]]:

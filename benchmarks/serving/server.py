@@ -96,7 +96,7 @@ def serve(
     finally:
         if process.poll() is None:
             server.resume()
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        children = server.tree()[1:] if process.poll() is None else []
         process.terminate()
         try:
             process.wait(30)
@@ -117,7 +117,7 @@ def kill_engine(server: Server, seconds: float = 60) -> dict[str, Any]:
     Comparable between servers: the answer to the request, whether the server ends by itself
     within `seconds`, with which status, which error its log names, and what is left running.
     """
-    processes = psutil.Process(server.process.pid).children(recursive=True)
+    processes = server.tree()[1:]
     (engine,) = [p for p in processes if "EngineCore" in " ".join(p.cmdline())]
     request = {"model": "target", "prompt": "x = 1", "max_tokens": 300, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=request, timeout=seconds) as response:

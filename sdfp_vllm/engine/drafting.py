@@ -72,13 +72,13 @@ def decide_drafting(plan: SkipPlan, settings: dict[str, Any], spare_slots: bool)
     """Decides from the plan and the user's speculative settings.
 
     Args:
+        settings: With a table of lengths that was checked (`check_batch_table`), if any.
         spare_slots: Whether slots that only a paced round may use cost nothing; on a GPU each would cost a row of logits
             per request.
 
     Raises:
         SdfpError: For settings that contradict each other or the plan.
     """
-    check_batch_table(settings.get("num_speculative_tokens_per_batch_size"))
     length = draft_tokens(plan, settings.get("num_speculative_tokens"))
     adaptive, copies = _mode(plan, settings)
     fixed = set(FIXED_LENGTHS) & set(settings)

@@ -271,7 +271,7 @@ def read_chats(source: str, tokenizer: Any, count: int, seed: int) -> list[Tenso
         SdfpError: If the file cannot be read, any row is no chat, the template refuses one, or none remains.
     """
     path = Path(source)
-    chats = [(where, *_chat_of(row, where)) for where, row in _rows(path)]
+    chats = [(where, *chat_of(row, where)) for where, row in _rows(path)]
     random.Random(seed).shuffle(chats)
     prompts: list[Tensor] = []
     for where, field, messages in chats:
@@ -296,7 +296,7 @@ def read_questions(source: str, tokenizer: Any) -> list[tuple[str, Tensor]]:
     path, found, rows = Path(source), [], 0
     for where, row in _rows(path):
         rows += 1
-        ids = _prompt_of(tokenizer, *_chat_of(row, where), where)
+        ids = _prompt_of(tokenizer, *chat_of(row, where), where)
         if 0 < len(ids) <= LONGEST_PROMPT:
             found.append((str(row.get("category", "all")), ids))
     if not found:
@@ -324,7 +324,7 @@ def _prompt_of(tokenizer: Any, field: str, messages: list[dict[str, str]], where
     return torch.tensor(tokenizer(messages[0]["content"], verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _chat_of(row: Any, where: str) -> tuple[str, list[dict[str, str]]]:
+def chat_of(row: Any, where: str) -> tuple[str, list[dict[str, str]]]:
     """The field that makes a row a chat, and its messages, up to the first that the model is to answer."""
     field = next((f for f in _CHAT_FIELDS if isinstance(row, dict) and f in row), None)
     if field is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +86,12 @@ class Tally:
     model_drafts: int = 0
     copied_drafts: int = 0
 
-    def add(self, round: Round, verified: int | None) -> None:
+    def add(self, round: Round, verified: int | None, counts: Mapping[str, float]) -> None:
+        """Adds a round; `counts` is what it adds to the server's metrics."""
         if verified is not None:
             self.rounds[round.batch, verified, round.steps] += 1
-        self.model_drafts += sum(row.drafts for row in round.rows if not row.copies)
-        self.copied_drafts += sum(row.drafts for row in round.rows if row.copies)
+        self.model_drafts += int(counts["model_draft_tokens"])
+        self.copied_drafts += int(counts["copied_draft_tokens"])
 
 
 class Pacer:
@@ -157,10 +158,11 @@ class Pacer:
             ids,
             [p[0] + n + 1 for p, n in zip(verified.positions, verified.accepted, strict=True)],
         )
-        self.tally.add(round, count if settled else None)
         out = None if sampling.all_greedy else _distributions(drafts, rows, probs)
         self._left = time.perf_counter()
-        return CountedDrafts(drafts, counts_of(rows, (self._left - came) * 1e3)), out
+        counts = counts_of(rows, (self._left - came) * 1e3)
+        self.tally.add(round, count if settled else None, counts)
+        return CountedDrafts(drafts, counts), out
 
     def _rows(self, verified: Verified, sampling: SamplingMetadata) -> list[Row]:
         batch = self._runner.input_batch
