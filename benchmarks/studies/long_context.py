@@ -151,11 +151,11 @@ def _rows(name: str, cell: Cell, groups: list[int], measured: dict[str, Measurem
 def _row(
     name: str, cell: Cell, ours: Sequence[TurnMeasurement], plain: Sequence[TurnMeasurement]
 ) -> dict[str, Any]:
-    drafted = sum(t.draft_tokens for t in ours)
+    steps = sum(steps * count for t in ours for _, _, steps, count in t.paced)
     return row(name, list(zip(ours, plain, strict=True))) | {
         "context": cell.context,
         "batch": cell.batch,
-        "draft_ms": 1e3 * cell.batch * sum(t.draft_seconds for t in ours) / drafted if drafted else None,
+        "draft_ms": 1e3 * sum(t.draft_seconds for t in ours) / steps if steps else None,
     }
 
 

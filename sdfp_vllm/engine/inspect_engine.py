@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from sdfp_vllm.pacing.fixed import FixedPolicy
 from sdfp_vllm.plan.window import parse_window
 
 
@@ -53,6 +54,18 @@ def allow_copies(llm: Any, allowed: bool) -> None:
     pacer = getattr(_drafter(llm), "pacer", None)
     if pacer is not None:
         pacer.copies = allowed
+
+
+def fix_drafts(llm: Any, count: int | None) -> None:
+    """Lets an in-process paced engine draft `count` tokens a request and round with its model, or pace them (None) again.
+
+    Meanwhile a policy of its own learns what happens: the one that paces stays as it was.
+    """
+    pacer = getattr(_drafter(llm), "pacer", None)
+    if pacer is None:
+        return
+    paced = pacer.policy.paced if isinstance(pacer.policy, FixedPolicy) else pacer.policy
+    pacer.policy = paced if count is None else FixedPolicy(paced, count)
 
 
 def narrow_drafts(llm: Any, window: int | str) -> None:

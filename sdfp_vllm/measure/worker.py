@@ -38,6 +38,7 @@ def measure(
     from sdfp_vllm.engine.inspect_engine import (
         DraftingTime,
         allow_copies,
+        fix_drafts,
         kv_bytes_per_token,
         narrow_drafts,
         rounds_paced,
@@ -70,6 +71,7 @@ def measure(
     def run(turn: Turn) -> TurnMeasurement:
         if turn.copies is not None:
             allow_copies(llm, turn.copies)
+        fix_drafts(llm, turn.drafts)
         if turn.window is not None:
             narrow_drafts(llm, turn.window)
         before, drafting, paced = _draft_counters(llm), spent.seconds, rounds_paced(llm)

@@ -166,15 +166,19 @@ class DraftPolicy:
         """Tokens per millisecond of late without copies, of requests of these kinds together; at least plain decoding's.
 
         What a millisecond is worth in tokens: it is what an accepted draft saves."""
-        batch = len(kinds)
-        return max(sum(self._rate(batch, kind).value for kind in kinds), self.costs.plain_rate(batch))
+        batch, plain = len(kinds), self.costs.plain_rate(len(kinds))
+        return max(sum(self._rate(batch, kind).value for kind in kinds) / batch, 1.0) * plain
 
     def _rate(self, batch: int, kind: int) -> Average:
-        """Tokens per request of a kind and millisecond, in rounds of about this batch size."""
+        """Tokens per request of a kind in the time of a plain step, in rounds of about this batch size.
+
+        In steps, not milliseconds: what those are changes with the context, and with what else the machine does.
+        """
         size = batch.bit_length()
         if (size, kind) not in self._rates:
             rate, ms = self._best_fixed(batch, kind)
-            self._rates[size, kind] = Average(rate / batch, ms * RATE_MEMORY / 4, RATE_MEMORY)
+            step = self.costs.verify_ms(batch)
+            self._rates[size, kind] = Average(rate / batch * step, ms / step * RATE_MEMORY / 4, RATE_MEMORY)
         return self._rates[size, kind]
 
     def _best_fixed(self, batch: int, kind: int) -> tuple[float, float]:
@@ -186,8 +190,14 @@ class DraftPolicy:
         return best
 
     # ------------------------------------------------------------ a round
-    def begin(self, rows: list[Row]) -> Round:
-        """A round over these requests."""
+    def begin(self, rows: list[Row], context: float = 0.0, seen: float | None = None) -> Round:
+        """A round over these requests.
+
+        Args:
+            context: Tokens of context that they have, on average; 0 where it is not known.
+            seen: How many of them a draft step reads; None for all.
+        """
+        self.costs.at(len(rows), context, context if seen is None else seen)
         return Round(self, rows)
 
     def assign(self, round: Round) -> None:
@@ -267,7 +277,8 @@ class DraftPolicy:
                 self.confidence[row.kind].observe(bucket, j < right)
         # Copies are left out: where they are found says nothing of what a token is worth elsewhere. So is who wants no drafts.
         for kind, given in tokens.items():
-            self._rate(round.batch, kind).observe(sum(given) / len(given), round.ms)
+            steps = round.ms / self.costs.verify_ms(round.batch)
+            self._rate(round.batch, kind).observe(sum(given) / len(given), steps)
 
     def learn_copying(self, match: Match, actual: Sequence[int], kind: int = GREEDY) -> None:
         """Compares what a match offered a request of this kind with the tokens that came, whether it was used or not."""

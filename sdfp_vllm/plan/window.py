@@ -24,6 +24,11 @@ class DraftWindow(BaseModel):
     last: Annotated[int, Field(ge=1, le=MAX_WINDOW, strict=True)]
     beyond: Annotated[int, Field(ge=0, le=MAX_WINDOW, strict=True)] = 0
 
+    def seen(self, context: int) -> int:
+        """How many tokens of a context drafts see, but for the rest of a block at each edge."""
+        least = self.sinks + self.last
+        return context if context <= max(least, self.beyond) else least
+
     def __str__(self) -> str:
         longer = f" of more than {self.beyond:,}" if self.beyond else ""
         return f"the first {self.sinks:,} and the last {self.last:,} tokens of a context{longer}"
