@@ -102,13 +102,14 @@ check: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml packaging/drop_broken.py packaging/vllm-omni.txt
+$(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml packaging/drop_broken.py packaging/vllm-omni.txt packaging/vision.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -e '.[$(DEVICE),dev,demo,plot,ray,diffusion]'
 	$(PY) packaging/drop_broken.py
 	if [ "$(DEVICE)" = cpu ]; then $(PY) -m pip install --no-deps ./packaging/vllm-cpu-name; fi
 	$(PY) -m pip install --no-deps --upgrade --target $(VENV)/vllm-omni -r packaging/vllm-omni.txt
+	$(PY) -m pip install --no-deps --no-compile --upgrade --target $(VENV)/vision -r packaging/vision.txt
 	touch $(READY)
 
 clean:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import vision
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",  # tiny models gain nothing from more, and spin against other work
@@ -17,6 +19,8 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_NO_USAGE_STATS="1",
 )
+
+vision.usable()  # before anything asks transformers whether it is there
 
 # A shell's background job ignores Ctrl-C, and so would every child of it; tests send it to some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

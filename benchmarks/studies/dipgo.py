@@ -36,6 +36,7 @@ from sdfp_vllm.common.progress import stages
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.dipgo.budget import gates_at_budget
+from sdfp_vllm.dipgo.forecast import Forecasts
 from sdfp_vllm.dipgo.job import SearchOptions, find, task_of
 from sdfp_vllm.dipgo.layout import Gates
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
@@ -91,10 +92,18 @@ class Bench:
         ).images
         return made * 2 - 1
 
-    def gates(self, method: str, budget: float, task: Task, gates: Gates, seconds: float = 0.0) -> None:
+    def gates(
+        self,
+        method: str,
+        budget: float,
+        task: Task,
+        gates: Gates,
+        seconds: float = 0.0,
+        forecasts: Forecasts | None = None,
+    ) -> None:
         gates = task.layout.closure(gates, task.reuse)
         entry = Entry(method, budget, task.macs.share(gates), seconds)
-        self.runs.append((entry, lambda: task.run(gates, self.seeds)))
+        self.runs.append((entry, lambda: task.run(gates, self.seeds, forecasts)))
         self.console.print(f"{method} at {budget:.0%}: {entry.compute:.1%} compute, search {seconds:.0f} s")
 
 
@@ -177,9 +186,10 @@ def add_ours(bench: Bench, rounds: int) -> None:
         options = SearchOptions(steps=STEPS, budget=budget, guidance_scale=GUIDANCE, rounds=rounds)
         with cpu_seconds() as spent, stages(bench.console) as progress:
             found = find(bench.sampler, options, progress)
-        way = f"{found.granularity}, {found.task.reuse}, order {found.task.order}"
+        order = f"order {found.task.order}" if found.forecasts is None else "forecasts of their own"
+        way = f"{found.granularity}, {found.task.reuse}, {order}"
         bench.console.print(f"ours at {budget:.0%}: {way}")
-        bench.gates("ours", budget, found.task, found.gates, spent[0])
+        bench.gates("ours", budget, found.task, found.gates, spent[0], found.forecasts)
 
 
 def add_rival(bench: Bench, name: str, settings: list[Any], on: Callable[[Any], Any], off: Callable) -> None:

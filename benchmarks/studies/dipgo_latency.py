@@ -46,7 +46,7 @@ def row(sampler: Sampler, options: SearchOptions, repeats: int) -> dict[str, Any
         for name in seconds:
             with torch.no_grad():
                 began = time.thread_time()
-                task.run(found.gates, seeds) if name == "plan" else sampler.latents(seeds)
+                task.run(found.gates, seeds, found.forecasts) if name == "plan" else sampler.latents(seeds)
             if repeat:
                 seconds[name].append(time.thread_time() - began)
     return {
@@ -56,7 +56,7 @@ def row(sampler: Sampler, options: SearchOptions, repeats: int) -> dict[str, Any
         "compute": task.macs.share(found.gates),
         "predicted": predicted.share(found.gates),
         "measured": min(seconds["plan"]) / min(seconds["full"]),
-        "psnr": quality(task, found.gates, [TEST_SEED + i for i in range(32)]).psnr,
+        "psnr": quality(task, found.gates, [TEST_SEED + i for i in range(32)], found.forecasts).psnr,
         "seconds": seconds,
     }
 

@@ -26,7 +26,7 @@ def peak_mib() -> float:
 def case(checkpointed: bool, images: int, steps: int) -> dict[str, float]:
     import torch
 
-    from sdfp_vllm.dipgo.layout import layout_of
+    from sdfp_vllm.dipgo.families import layout_of
     from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
     from sdfp_vllm.dipgo.supernet import SuperNet
     from tests.toy.digits.pipelines import digits_folder, digits_pipeline

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,9 +53,23 @@ def search_command(
     consistency: Annotated[str, typer.Option(help="Loss of the learned search: ssim or latents.")] = "ssim",
     seed: Annotated[int, typer.Option()] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a learned search.")] = False,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, an argument of the pipeline's call: --set height=512."),
+    ] = None,
+    layout: Annotated[
+        Path | None, typer.Option(help="JSON description of blocks, for a class that DiP-GO cannot read.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write the plan even if native fewer steps are as near.")
+    ] = False,
     out: _Out = Path("."),
 ) -> None:
-    """Find which blocks of PIPELINE need not run in which steps, and write the plan."""
+    """Find which blocks of PIPELINE need not run in which steps, and write the plan.
+
+    No plan is written if the pipeline itself, with fewer steps, is as near to the full run for the same cost: the report says
+    so, and with how many. A learned search is always written, for its scores serve other budgets.
+    """
     from rich.console import Console
 
     from sdfp_vllm.common.terminal import console
@@ -83,10 +98,28 @@ def search_command(
         consistency=consistency,  # type: ignore[arg-type]
         seed=seed,
         resume=resume,
+        layout=layout,
+        arguments=tuple(_argument(text) for text in arguments or ()),
     )
     plan = search(pipeline, options, plan_path(out), Console(stderr=True))
+    if plan.beaten and plan.scores is None and not keep:
+        console().print(f"{verdict(plan)}\nNo plan written; --keep writes it all the same.", soft_wrap=True)
+        return
     path = plan.save(out)
     console().print(f"{verdict(plan)}\nPlan: {path}", soft_wrap=True)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, with VALUE as JSON where it is that, else as text."""
+    from sdfp_vllm.errors import SdfpError
+
+    name, found, value = text.partition("=")
+    if not found or not name.isidentifier():
+        raise SdfpError(f"--set {text}", "is not NAME=VALUE", "Write --set height=512.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 @dipgo_app.command("show")

@@ -7,9 +7,27 @@ from typing import Annotated, Literal
 
 import typer
 
+from sdfp_vllm.errors import SdfpError
+
+# What --refresh-costs takes beside a plan: all else belongs to a search.
+_REFRESHED = {"model", "refresh_costs", "revision", "dtype", "eager", "check", "trust_remote_code", "out"}
+
 
 def plan_command(
-    model: Annotated[str, typer.Argument(help="Folder of a model, or its Hugging Face id.")],
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a model, or its Hugging Face id.", show_default="with --refresh-costs the plan's"
+        ),
+    ] = None,
+    refresh_costs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Measure only the costs of this plan folder anew, as on a machine of another kind; no search.",
+        ),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id (default: the hub's).")
     ] = None,
@@ -114,6 +132,12 @@ def plan_command(
     from sdfp_vllm.planner.job import make_plan
     from sdfp_vllm.ray.cluster import RayOptions
 
+    if refresh_costs is not None:
+        _refuse_others(context)
+        _refresh(refresh_costs, model, revision, dtype, eager, check, trust_remote_code, out)
+        return
+    if model is None:
+        raise SdfpError("MODEL", "is missing", "Give the folder of a model, or its Hugging Face id.")
     made = make_plan(
         model,
         out=out,
@@ -144,3 +168,52 @@ def plan_command(
     )
     # soft_wrap: a path or a command broken over lines cannot be copied.
     console().print(summary(made, (out or default_plan_dir(made.fingerprint)) / PLAN_FILE), soft_wrap=True)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raises SdfpError for an option that was given and that --refresh-costs has no use for."""
+    for name in context.params:
+        source = context.get_parameter_source(name)  # by name: typer may carry a click of its own
+        if source is not None and source.name != "DEFAULT" and name not in _REFRESHED:
+            raise SdfpError(
+                f"--{name.replace('_', '-')}",
+                "means nothing with --refresh-costs, which keeps the plan's view and measures costs alone",
+                "Leave it out, or leave out --refresh-costs for a new search.",
+            )
+
+
+def _refresh(
+    plan: Path,
+    model: str | None,
+    revision: str | None,
+    dtype: str,
+    eager: bool,
+    check: bool,
+    trust_remote_code: bool,
+    out: Path | None,
+) -> None:
+    """`sdfp plan --refresh-costs PLAN`."""
+    from rich.console import Console
+
+    from sdfp_vllm.common.terminal import console
+    from sdfp_vllm.plan.parcel import PLAN_FILE
+    from sdfp_vllm.plan.show import parts, summary
+    from sdfp_vllm.planner.options import PlanOptions
+    from sdfp_vllm.planner.refresh import refresh_costs
+
+    done = refresh_costs(
+        plan,
+        model,
+        out=out,
+        options=PlanOptions(
+            revision=revision, dtype=dtype, eager=eager, run_check=check, trust_remote_code=trust_remote_code
+        ),
+        console=Console(stderr=True),
+    )
+    console().print(summary(done.plan, done.folder / PLAN_FILE), soft_wrap=True)
+    if done.other is not None:
+        console().print(
+            f"Of the views that were tried, {parts(done.other)} layers would be faster here ({done.other_speedup:.2f}x "
+            f"predicted): `sdfp plan {done.plan.model_argument}` searches anew.",
+            soft_wrap=True,
+        )

@@ -62,7 +62,7 @@ def load_tokenizer(model_dir: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as e:  # every tokenizer library has its own exceptions
@@ -71,6 +71,19 @@ def load_tokenizer(model_dir: Path, trust_remote_code: bool = False) -> Any:
             f"has no tokenizer that can be loaded ({type(e).__name__}: {e})",
             "Save the tokenizer in the model's folder.",
         ) from e
+    if not getattr(tokenizer, "chat_template", None) and (template := _processors_template(model_dir)):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _processors_template(model_dir: Path) -> str | None:
+    """A multimodal checkpoint may keep its chat template in a file of its processor's, which servers read."""
+    try:
+        read = json.loads((model_dir / "chat_template.json").read_text())
+    except (OSError, ValueError):
+        return None
+    template = read.get("chat_template") if isinstance(read, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def _names_code(file: Path) -> bool:

@@ -1,6 +1,6 @@
 """DiP-GO: finds and skips the block x timestep work a frozen diffusion model hardly needs.
 
-    layout -> macs -> (learn | surrogate -> refine) -> plan -> runtime
+    rehearsal, signature -> layout -> macs -> (learn | surrogate -> refine) -> plan -> runtime
 
 `job` is the offline search, `plan` the file between the two, `runtime` what a pipeline runs with.
 The runtime imports nothing of the search.
@@ -11,10 +11,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdfp_vllm.dipgo.layout import Layout, Stream, Unit
     from sdfp_vllm.dipgo.plan import DipgoPlan, load_plan
     from sdfp_vllm.dipgo.runtime import apply_dipgo
+    from sdfp_vllm.dipgo.signature import load_layout, save_layout
 
-__all__ = ["DipgoPlan", "apply_dipgo", "load_plan"]
+__all__ = [
+    "DipgoPlan",
+    "Layout",
+    "Stream",
+    "Unit",
+    "apply_dipgo",
+    "load_layout",
+    "load_plan",
+    "save_layout",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +34,14 @@ def __getattr__(name: str) -> Any:
         from sdfp_vllm.dipgo.runtime import apply_dipgo
 
         return apply_dipgo
+    if name in ("Layout", "Stream", "Unit"):
+        from sdfp_vllm.dipgo import layout
+
+        return getattr(layout, name)
+    if name in ("load_layout", "save_layout"):
+        from sdfp_vllm.dipgo import signature
+
+        return getattr(signature, name)
     if name in ("DipgoPlan", "load_plan"):
         from sdfp_vllm.dipgo import plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -15,7 +16,9 @@ from sdfp_vllm.errors import SdfpError
 TOLERANCE = 0.0125  # of the full run's cost, as in the paper
 
 
-def gates_at_budget(scores: NDArray, budget: float, layout: Layout, cost: Cost, reuse: str) -> Gates:
+def gates_at_budget(
+    scores: NDArray, budget: float, layout: Layout, cost: Cost, reuse: str, stages: Sequence[int] = (0,)
+) -> Gates:
     """Keeps the gates of the highest scores, closed under dependency, for at most about `budget` of the cost.
 
     Bisects the threshold over the scores that occur. A higher threshold opens a subset, and
@@ -25,11 +28,12 @@ def gates_at_budget(scores: NDArray, budget: float, layout: Layout, cost: Cost, 
     Args:
         scores: (calls, units), in [0, 1].
         budget: Share of the full run's cost, in (0, 1].
+        stages: The steps at which a denoiser takes over; they stay open.
     """
 
     def at(threshold: float) -> Gates:
         gates = scores >= threshold
-        gates[0] = True
+        gates[list(stages)] = True
         return layout.closure(gates, reuse)
 
     thresholds = np.append(np.unique(scores), np.inf)  # ascending, so shares descend
@@ -68,11 +72,12 @@ def rebudget(plan: DipgoPlan, budget: float, cost: CostName = "macs") -> DipgoPl
             "the plan was searched without measuring it",
             "Search with --cost latency on the machine that counts.",
         )
-    # The flag matters only to a search; a plan says itself how it reuses.
-    layout = Layout(tuple(plan.units), residual=plan.reuse == "residual")
-    gates = gates_at_budget(np.array(plan.scores), budget, layout, counted, plan.reuse)
+    layout = Layout(tuple(plan.units))
+    gates = gates_at_budget(np.array(plan.scores), budget, layout, counted, plan.reuse, plan.rhythm.stages)
     made = plan.made.model_copy(update={"budget": budget, "cost": cost})
-    return plan.model_copy(update={"executed": rows(gates), "quality": None, "made": made})
+    return plan.model_copy(
+        update={"executed": rows(gates), "forecasts": None, "quality": None, "native": None, "made": made}
+    )
 
 
 def check_cost(cost: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from sdfp_vllm.dipgo.layout import denoiser_of
+from sdfp_vllm.dipgo.layout import denoisers_of
 from sdfp_vllm.errors import SdfpError
 
 _PROBES = 32
@@ -19,7 +19,7 @@ _RELATIVE, _ABSOLUTE = 0.01, 1e-6
 
 
 class PipelineFingerprint(BaseModel):
-    """Identity of a denoiser: its class, a hash of its config, and some of its weights.
+    """Identity of a pipeline's denoiser: its class, a hash of its config, and some of its weights; `others` are further ones.
 
     `probes` are single weights from evenly chosen parameters; they are compared with a tolerance, so that
     a plan made in float32 serves the same model in float16.
@@ -30,6 +30,7 @@ class PipelineFingerprint(BaseModel):
     denoiser: str
     config_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     probes: list[float] = Field(min_length=1, max_length=_PROBES)
+    others: list[PipelineFingerprint] = Field(default=[], max_length=3)
 
     def differences(self, other: PipelineFingerprint) -> list[str]:
         """What makes `other` another model, in words; empty for the same."""
@@ -43,6 +44,13 @@ class PipelineFingerprint(BaseModel):
             for a, b in zip(self.probes, other.probes, strict=True)
         ):
             found.append("the weights differ")
+        if len(self.others) != len(other.others):
+            found.append(
+                f"{1 + len(self.others)} denoisers in the plan but {1 + len(other.others)} in the pipeline"
+            )
+        else:
+            for mine, theirs in zip(self.others, other.others, strict=True):
+                found += mine.differences(theirs)
         return found
 
 
@@ -72,17 +80,20 @@ class SchedulerFingerprint(BaseModel):
 
 
 def pipeline_fingerprint(pipe: Any) -> PipelineFingerprint:
-    """The fingerprint of a loaded pipeline's denoiser.
+    """The fingerprint of a loaded pipeline's denoisers.
 
     Raises:
         SdfpError: If the pipeline is not supported, or its weights are not in memory.
     """
-    _, denoiser = denoiser_of(pipe)
-    return PipelineFingerprint(
-        denoiser=type(denoiser).__name__,
-        config_sha256=_config_hash(denoiser.config),
-        probes=_probes(denoiser),
+    first, *others = (
+        PipelineFingerprint(
+            denoiser=type(denoiser).__name__,
+            config_sha256=_config_hash(getattr(denoiser, "config", {})),
+            probes=_probes(denoiser),
+        )
+        for denoiser in denoisers_of(pipe).values()
     )
+    return first.model_copy(update={"others": others})
 
 
 def scheduler_fingerprint(scheduler: Any) -> SchedulerFingerprint:
@@ -91,7 +102,7 @@ def scheduler_fingerprint(scheduler: Any) -> SchedulerFingerprint:
     Raises:
         SdfpError: If that was not called.
     """
-    if scheduler.num_inference_steps is None:
+    if getattr(scheduler, "num_inference_steps", None) is None:
         raise SdfpError(
             type(scheduler).__name__,
             "has no timesteps yet",

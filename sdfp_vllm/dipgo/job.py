@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,17 +20,19 @@ from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.dipgo.budget import check_cost, gates_at_budget
 from sdfp_vllm.dipgo.cost import Cost, CostName
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint
+from sdfp_vllm.dipgo.forecast import Forecasts
 from sdfp_vllm.dipgo.latency import Latency
-from sdfp_vllm.dipgo.layout import Gates, Granularity, layout_of
+from sdfp_vllm.dipgo.layout import Gates, Granularity, Layout
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
-from sdfp_vllm.dipgo.macs import count_macs
+from sdfp_vllm.dipgo.macs import MacCount, count_macs, step_macs
 from sdfp_vllm.dipgo.objective import Consistency
 from sdfp_vllm.dipgo.pipelines import load_pipeline
-from sdfp_vllm.dipgo.plan import DipgoPlan, Provenance, Quality, rows
+from sdfp_vllm.dipgo.plan import DipgoPlan, FewerSteps, Provenance, Quality, forecast_rows, rows
 from sdfp_vllm.dipgo.quality import psnr, ssim
 from sdfp_vllm.dipgo.refine import (
     Task,
     evenly,
+    foresee,
     greedy,
     likeness,
     log_error,
@@ -40,6 +42,7 @@ from sdfp_vllm.dipgo.refine import (
     surest,
 )
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
+from sdfp_vllm.dipgo.signature import load_layout
 from sdfp_vllm.dipgo.stopwatch import measure_latency
 from sdfp_vllm.dipgo.surrogate import record
 from sdfp_vllm.errors import SdfpError
@@ -69,6 +72,8 @@ class SearchOptions:
         test_images: That the plan's quality is stated on.
         iterations, learning_rate, consistency: Of the paper's search (None: its rate).
         resume: Go on with a search that was interrupted.
+        layout: File with a description of the denoiser's blocks (`signature.save_layout`), for a class that cannot be read.
+        arguments: Further arguments of the pipeline's call, as ("height", 512).
     """
 
     steps: int = 50
@@ -91,16 +96,19 @@ class SearchOptions:
     consistency: Consistency = "ssim"
     seed: int = 0
     resume: bool = False
+    layout: Path | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Found:
-    """Gates for a way of reuse, and the scores they come from if they were learned."""
+    """Gates for a way of reuse, the scores they come from if they were learned, and forecasts if each gate has its own."""
 
     granularity: Granularity
     task: Task
     gates: Gates
     scores: NDArray | None = None
+    forecasts: Forecasts | None = None
 
 
 def search(
@@ -113,26 +121,37 @@ def search(
             where that can be told.
     """
     check(options)
+    units = load_layout(options.layout) if options.layout else None
     began = time.perf_counter()
     pipe = load_pipeline(folder, options.dtype)
     sampler = Sampler(
-        pipe, load_conditions(pipe, Path(folder), options.prompts), options.steps, options.guidance_scale
+        pipe,
+        load_conditions(pipe, Path(folder), options.prompts),
+        options.steps,
+        options.guidance_scale,
+        **dict(options.arguments),
     )
+    sampler.units = units
     with stages(console) as progress:
         found = find(sampler, options, progress, out.parent / STATE_FILE)
     seeds = [_TEST + options.seed * 10_007 + i for i in range(options.test_images)]
+    reached = quality(found.task, found.gates, seeds, found.forecasts)
+    native = fewer_steps(sampler, options.budget, seeds)
     return DipgoPlan(
         pipeline=str(folder),
         fingerprint=pipeline_fingerprint(pipe),
         scheduler=sampler.scheduler,
+        calls=sampler.rhythm,
         granularity=found.granularity,
         reuse=found.task.reuse,  # type: ignore[arg-type]  # checked by pydantic
         order=found.task.order,
         units=list(found.task.layout.units),
         executed=rows(found.gates),
+        forecasts=None if found.forecasts is None else forecast_rows(found.gates, found.forecasts),
         macs=found.task.macs,
         latency=found.task.cost if isinstance(found.task.cost, Latency) else None,
-        quality=quality(found.task, found.gates, seeds),
+        quality=reached,
+        native=native,
         scores=None if found.scores is None else found.scores.tolist(),
         made=Provenance(
             method=options.method,
@@ -156,14 +175,53 @@ def find(sampler: Sampler, options: SearchOptions, progress: Stages, state_file:
     return (_learned if options.method == "learned" else _fisher)(sampler, options, progress, state_file)
 
 
-def quality(task: Task, gates: Gates, seeds: list[int]) -> Quality:
+def quality(task: Task, gates: Gates, seeds: list[int], forecasts: Forecasts | None = None) -> Quality:
     """Agreement with the full run on `seeds`."""
     with torch.no_grad():
         full = task.sampler.decode(task.sampler.latents(seeds))
-        images = task.sampler.decode(task.run(gates, seeds))
+        images = task.sampler.decode(task.run(gates, seeds, forecasts))
     return Quality(
         images=len(seeds), psnr=psnr(images, full).mean().item(), ssim=ssim(images, full).mean().item()
     )
+
+
+def fewer_steps(sampler: Sampler, budget: float, seeds: list[int]) -> FewerSteps | None:
+    """What the pipeline gives in fewer steps, as many as `budget` allows of its calls: what any plan must beat.
+
+    None if the scheduler makes none.
+    """
+    for steps in range(min(int(budget * sampler.steps + 1e-9), sampler.steps - 1), 0, -1):
+        try:
+            fewer = sampler.with_steps(steps)
+        except SdfpError:
+            continue
+        if fewer.calls <= budget * sampler.calls:
+            break
+    else:
+        return None
+    with torch.no_grad():
+        full = sampler.decode(sampler.latents(seeds))
+        images = sampler.decode(fewer.latents(seeds))
+    return FewerSteps(steps=steps, psnr=psnr(images, full).mean().item())
+
+
+def macs_of(sampler: Sampler, layout: Layout) -> MacCount:
+    """MACs of a step of the pipeline, all of its calls together.
+
+    Raises:
+        SdfpError: If its denoisers differ in size.
+    """
+    counts = [
+        step_macs([count_macs(denoiser, layout, *call) for call in calls])
+        for denoiser, calls in zip(sampler.denoisers, sampler.first_calls, strict=True)
+    ]
+    if any(count != counts[0] for count in counts):
+        raise SdfpError(
+            type(sampler.pipe).__name__,
+            f"has denoisers of different sizes ({', '.join(sampler.rhythm.denoisers)})",
+            "DiP-GO plans for experts of one size.",
+        )
+    return counts[0]
 
 
 def task_of(
@@ -180,16 +238,16 @@ def task_of(
     Raises:
         SdfpError: If the denoiser does not allow the way, or the budget is less than any plan costs.
     """
-    layout = layout_of(sampler.denoiser, granularity)
+    layout = sampler.layout(granularity)
     if reuse == "residual" and not layout.residual:
         raise SdfpError(
             "--reuse residual",
             f"units of {type(sampler.denoiser).__name__} at {granularity} granularity change their input's shape",
             "Use --reuse output.",
         )
-    macs = count_macs(sampler.denoiser, layout, *sampler.first_call())
+    macs = macs_of(sampler, layout)
     least = np.zeros((sampler.calls, len(layout.units)), dtype=bool)
-    least[0] = True
+    least[list(sampler.rhythm.stages)] = True
     counted: Cost = macs
     if cost == "latency":
         counted = measure_latency(sampler, layout, reuse, order, latency_images)
@@ -225,9 +283,8 @@ def _learned(sampler: Sampler, options: SearchOptions, progress: Stages, state_f
         scores = learn_scores(
             sampler, task.layout, task.macs, task.reuse, settings, state_file, options.resume, advance
         )
-    return Found(
-        granularity, task, gates_at_budget(scores, options.budget, task.layout, task.cost, task.reuse), scores
-    )
+    gates = gates_at_budget(scores, options.budget, task.layout, task.cost, task.reuse, task.stages)
+    return Found(granularity, task, gates, scores)
 
 
 def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path | None) -> Found:
@@ -278,7 +335,12 @@ def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path 
             gates = surest(task, line, judges, full_judges)
             reached = float(likeness(task, gates, judges, full_judges).mean())
             ended.append((reached, Found(kind, task, gates)))
-    return max(ended, key=lambda e: e[0])[1]
+    found = max(ended, key=lambda e: e[0])[1]
+    if options.order is not None or found.gates.all():
+        return found
+    with progress.step("Choosing forecasts", 1):
+        forecasts = foresee(found.task, found.gates, seeds, full, judges, full_judges, options.projections)
+    return replace(found, forecasts=forecasts)
 
 
 def _ways(sampler: Sampler, options: SearchOptions) -> list[tuple[Granularity, Task]]:
@@ -288,7 +350,7 @@ def _ways(sampler: Sampler, options: SearchOptions) -> list[tuple[Granularity, T
     for granularity, order in itertools.product(
         granularities, [0, 1] if options.order is None else [options.order]
     ):
-        residual = layout_of(sampler.denoiser, granularity).residual
+        residual = sampler.layout(granularity).residual
         reuse = options.reuse or ("residual" if residual else "output")
         task = task_of(
             sampler, granularity, reuse, order, options.budget, options.cost, options.latency_images

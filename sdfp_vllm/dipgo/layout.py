@@ -13,24 +13,41 @@ from torch import nn
 from sdfp_vllm.errors import SdfpError
 
 Granularity = Literal["block", "step"]
-Gates = NDArray[np.bool_]  # (calls, units): True where the unit runs
+Gates = NDArray[np.bool_]  # (steps, units): True where the unit runs
 
-NAMES = ("transformer", "unet")  # what pipelines call their denoiser
-_CHAINS = ("DiTTransformer2DModel", "PixArtTransformer2DModel")
-_UNETS = ("UNet2DConditionModel",)
+NAMES = ("transformer", "unet")  # what pipelines call their denoiser; a second one is called NAME_2
+
+
+class Stream(BaseModel):
+    """A tensor that passes through a unit: it goes in as `argument` and comes out with the same shape.
+
+    Attributes:
+        argument: Name of the parameter of the unit's `forward` that it goes in by.
+        place: Where it is in the tuple that the unit returns; 0 too where a bare tensor is returned.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    argument: str = Field(min_length=1)
+    place: Annotated[int, Field(ge=0, le=15, strict=True)] = 0
 
 
 class Unit(BaseModel):
     """One module that runs or is reused as a whole.
 
-    `name` is its path in the denoiser, "" for the denoiser itself. `inputs` are the units whose
-    outputs it reads in the same call; the denoiser's stem, which always runs, is none of them.
+    Attributes:
+        name: Its path in the denoiser, "" for the denoiser itself.
+        inputs: The units whose outputs it reads in the same call; the denoiser's stem, which always runs, is none of them.
+        streams: What passes through it. With residual reuse, what the unit added to every stream is added to what goes in,
+            for all of them together; anything else that it returns is reused as it was. None: the unit maps its input to another
+            shape, and only its output can be reused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     inputs: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
+    streams: tuple[Stream, ...] = ()
 
     @property
     def title(self) -> str:
@@ -41,15 +58,25 @@ class Unit(BaseModel):
 class Layout:
     """The units of a denoiser in order of execution. The last one feeds the head, which always runs.
 
-    `residual` says whether every unit maps a tensor to one of the same shape, so that what it
-    adds can be reused in place of what it puts out.
+    This is all that DiP-GO knows of an architecture. Describe one that it cannot read by itself::
+
+        text_then_image = (Stream(argument="encoder_hidden_states", place=0), Stream(argument="hidden_states", place=1))
+        layout = Layout(tuple(
+            Unit(name=f"transformer_blocks.{i}", inputs=(i - 1,) if i else (), streams=text_then_image)
+            for i in range(len(denoiser.transformer_blocks))
+        ))
+        save_layout(layout, "layout.json")  # sdfp dipgo search PIPELINE --layout layout.json
     """
 
     units: tuple[Unit, ...]
-    residual: bool
+
+    @property
+    def residual(self) -> bool:
+        """Whether what a unit adds to its streams can be reused, for every unit."""
+        return all(unit.streams for unit in self.units)
 
     def live(self, gates: Gates, reuse: str) -> Gates:
-        """Units whose output, computed or reused, reaches the prediction in a call: (calls, units).
+        """Units whose output, computed or reused, reaches the prediction in a call: (steps, units).
 
         With output reuse, a reused unit reads nothing, so units that only it would have read
         are dead. With residual reuse a unit always passes its input on: all live.
@@ -71,21 +98,36 @@ class Layout:
         return [denoiser.get_submodule(unit.name) for unit in self.units]
 
 
-def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """The name and module of a pipeline's denoiser; of a compiled one, the module that was compiled.
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's denoisers by name, in the order in which they run; of compiled ones, the modules that were compiled.
+
+    Most have one. Wan 2.2 has an expert for high noise (`transformer`) and one for low (`transformer_2`).
 
     Raises:
-        SdfpError: If the pipeline has none of a supported class.
+        SdfpError: If it has none.
     """
+    found = {}
     for name in NAMES:
-        module = unwrapped(getattr(pipe, name, None))
-        if module is not None and type(module).__name__ in _CHAINS + _UNETS:
-            return name, module
+        for each in (name, f"{name}_2"):
+            module = unwrapped(getattr(pipe, each, None))
+            if isinstance(module, nn.Module):
+                found[each] = module
+        if found:
+            return found
     raise SdfpError(
         type(pipe).__name__,
         "has no denoiser that DiP-GO knows",
-        f"Use a pipeline around one of {', '.join(_UNETS + _CHAINS)}.",
+        f"Use a diffusers pipeline that has it as {' or '.join(NAMES)}.",
     )
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """The name and module of a pipeline's first denoiser.
+
+    Raises:
+        SdfpError: If the pipeline has none.
+    """
+    return next(iter(denoisers_of(pipe).items()))
 
 
 def unwrapped(module: Any) -> Any:
@@ -94,35 +136,5 @@ def unwrapped(module: Any) -> Any:
     return module._orig_mod if type(module).__name__ == "OptimizedModule" else module
 
 
-def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
-    """The units of `denoiser`: its blocks, or with granularity "step" the whole network as the only one.
-
-    A transformer is a chain of blocks. In a U-Net (`UNet2DConditionModel`) the outer blocks of
-    the down path, the middle and the up path are units, as in DiP-GO; an up block reads the one
-    before it and the down blocks whose skip connections it takes.
-    """
-    if granularity == "step":
-        return Layout((Unit(name=""),), residual=False)
-    if type(denoiser).__name__ in _CHAINS:
-        count = len(denoiser.transformer_blocks)  # type: ignore[arg-type]
-        return Layout(
-            tuple(Unit(name=f"transformer_blocks.{i}", inputs=(i - 1,) if i else ()) for i in range(count)),
-            residual=True,
-        )
-    return Layout(_unet_units(denoiser), residual=False)
-
-
-def _unet_units(unet: Any) -> tuple[Unit, ...]:
-    units: list[Unit] = []
-    stem = -1
-    skips = [stem]  # who wrote each skip connection: conv_in, then the down blocks' resnets and downsamplers
-    for i, block in enumerate(unet.down_blocks):
-        units.append(Unit(name=f"down_blocks.{i}", inputs=(i - 1,) if i else ()))
-        skips += [i] * (len(block.resnets) + (1 if block.downsamplers else 0))
-    if unet.mid_block is not None:
-        units.append(Unit(name="mid_block", inputs=(len(units) - 1,)))
-    for j, block in enumerate(unet.up_blocks):
-        taken, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
-        inputs = {len(units) - 1, *taken} - {stem}
-        units.append(Unit(name=f"up_blocks.{j}", inputs=tuple(sorted(inputs))))
-    return tuple(units)
+WHOLE = Layout((Unit(name=""),))
+"""The whole network as the only unit, which any denoiser can be."""

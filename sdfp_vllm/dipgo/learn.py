@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sdfp_vllm.dipgo.layout import Layout
 from sdfp_vllm.dipgo.macs import MacCount
 from sdfp_vllm.dipgo.objective import Consistency, consistency, sparsity
 from sdfp_vllm.dipgo.pruner import Pruner, straight_through
+from sdfp_vllm.dipgo.rhythm import Rhythm
 from sdfp_vllm.dipgo.sampling import Sampler
 from sdfp_vllm.dipgo.supernet import SuperNet
 from sdfp_vllm.errors import SdfpError
@@ -74,7 +76,13 @@ def learn_scores(
     optimizer = torch.optim.SGD(pruner.parameters(), lr=settings.learning_rate)
     done = 0
     identity = json.dumps(
-        [asdict(settings), reuse, [u.name for u in layout.units], sampler.scheduler.model_dump()]
+        [
+            asdict(settings),
+            reuse,
+            [u.name for u in layout.units],
+            sampler.scheduler.model_dump(),
+            sampler.rhythm.model_dump(),
+        ]
     )
     if resume:
         state = _load(state_file, identity)
@@ -92,7 +100,7 @@ def learn_scores(
             # Which images an iteration sees depends on its number alone, so that resuming changes nothing.
             draw = torch.Generator().manual_seed(settings.seed * 7919 + iteration)
             rows = torch.randperm(len(seeds), generator=draw)[: settings.images].tolist()
-            gates = straight_through(pruner())
+            gates = straight_through(_first_steps_kept(pruner(), sampler.rhythm))
             latents = net.latents([seeds[r] for r in rows], gates)
             loss = distance = consistency(settings.consistency, sampler, latents, full[rows])
             share = macs.share(layout.closure(gates.detach().numpy() > 0.5, reuse))
@@ -107,10 +115,17 @@ def learn_scores(
                 )
             advance(1, f"Learning gates: {share:.0%} compute, distance {distance.item():.3f}")
     with torch.no_grad():
-        scores = pruner().double().numpy()
+        scores = _first_steps_kept(pruner(), sampler.rhythm).double().numpy()
     if state_file:
         state_file.unlink(missing_ok=True)
     return scores
+
+
+def _first_steps_kept(keep: Tensor, rhythm: Rhythm) -> Tensor:
+    """The chances with 1 where a denoiser takes over and has nothing to reuse: (steps, units)."""
+    first = torch.zeros(len(keep), 1, dtype=torch.bool)
+    first[list(rhythm.stages)] = True
+    return torch.where(first, torch.ones_like(keep), keep)
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

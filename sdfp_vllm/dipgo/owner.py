@@ -86,4 +86,5 @@ def _holds(candidate: Any, denoiser: nn.Module) -> bool:
         parts = object.__getattribute__(candidate, "__dict__")
     except AttributeError:
         return False
-    return "scheduler" in parts and any(unwrapped(parts.get(name)) is denoiser for name in NAMES)
+    names = [each for name in NAMES for each in (name, f"{name}_2")]
+    return "scheduler" in parts and any(unwrapped(parts.get(name)) is denoiser for name in names)

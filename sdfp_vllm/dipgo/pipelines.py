@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,16 +41,21 @@ def load_pipeline(folder: str | Path, dtype: str = "float32") -> Any:
         index = json.loads((folder / "model_index.json").read_text())
         # A pipeline saved without a component is loaded without it; diffusers wants to be told.
         absent = {name: None for name, entry in index.items() if entry == [None, None]}
-        # accelerate, which the default of low_cpu_mem_usage would want, is not needed.
+        # The default of low_cpu_mem_usage wants accelerate. Most families do without; Wan keeps some weights in float32 and does not.
         with _quietly():
             pipe = DiffusionPipeline.from_pretrained(
-                folder, local_files_only=True, low_cpu_mem_usage=False, **absent
+                folder, local_files_only=True, low_cpu_mem_usage=_has_accelerate(), **absent
             )
         return pipe if dtype == "float32" else pipe.to(_DTYPES[dtype])
     except Exception as e:
-        raise SdfpError(
-            str(folder), f"cannot be loaded ({e})", "Save the pipeline again with diffusers."
-        ) from e
+        way_out = "Save the pipeline again with diffusers."
+        if "low_cpu_mem_usage" in str(e) and not _has_accelerate():
+            way_out = "Install accelerate, which this family's weights need: pip install accelerate."
+        raise SdfpError(str(folder), f"cannot be loaded ({e})", way_out) from e
+
+
+def _has_accelerate() -> bool:
+    return importlib.util.find_spec("accelerate") is not None
 
 
 @contextlib.contextmanager

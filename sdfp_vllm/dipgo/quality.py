@@ -20,11 +20,16 @@ def psnr(images: Tensor, full: Tensor) -> Tensor:
 def ssim(images: Tensor, full: Tensor, clamp: bool = True) -> Tensor:
     """Structural similarity of each image, (images,); Gaussian window of 11 pixels, or 7 on images smaller than that.
 
+    Of a video (channels, frames, height, width) it is the mean over its frames.
+
     Args:
         clamp: Cut values to [-1, 1] first, as saving does. A loss leaves them, for the gradient.
     """
     if clamp:
         images, full = images.clamp(-1, 1), full.clamp(-1, 1)
+    if images.dim() == 5:
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (images, full)]
+        return ssim(flat[0], flat[1], clamp).reshape(len(images), -1).mean(1)
     window = _WINDOW if min(images.shape[-2:]) >= _WINDOW else 7
     # Shifted to [0, 2]: the formula's luminance term takes means as non-negative.
     return _ssim(images + 1, full + 1, data_range=_RANGE, size_average=False, win_size=window)

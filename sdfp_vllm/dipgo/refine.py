@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdfp_vllm.dipgo.cost import Cost
+from sdfp_vllm.dipgo.forecast import Forecasts
 from sdfp_vllm.dipgo.layout import Gates, Layout
 from sdfp_vllm.dipgo.macs import MacCount
 from sdfp_vllm.dipgo.quality import psnr
@@ -33,16 +34,29 @@ class Task:
     order: int
     budget: float
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The steps at which a denoiser takes over, in which everything runs."""
+        return self.sampler.rhythm.stages
+
     def fits(self, gates: Gates) -> bool:
         return self.cost.share(self.layout.closure(gates, self.reuse)) <= self.budget
 
-    def run(self, gates: Gates, seeds: Sequence[int]) -> Tensor:
+    def run(self, gates: Gates, seeds: Sequence[int], forecasts: Forecasts | None = None) -> Tensor:
         """Latents of `seeds` with `gates`, units left out for real."""
         gates = self.layout.closure(gates, self.reuse)
-        with torch.no_grad(), Skipping(
-            self.sampler.denoiser, self.layout, gates, self.reuse, self.order,
-            self.sampler.scheduler.timesteps,
-        ):  # fmt: skip
+        with (
+            torch.no_grad(),
+            Skipping(
+                self.sampler.denoisers,
+                self.layout,
+                gates,
+                self.reuse,
+                self.order,
+                self.sampler.rhythm,
+                forecasts=forecasts,
+            ),
+        ):
             return self.sampler.latents(seeds)
 
 
@@ -59,11 +73,11 @@ def log_error(latents: Tensor, full: Tensor) -> float:
 
 def greedy(task: Task, surrogate: Surrogate) -> Gates:
     """Closes gates one by one, each time the one with the least predicted error per cost saved, down to the budget."""
-    gates = np.ones((task.sampler.calls, len(task.layout.units)), dtype=bool)
+    gates, stages = np.ones((task.sampler.calls, len(task.layout.units)), dtype=bool), task.stages
     while not task.fits(gates):
         share, loss = task.cost.share(gates), surrogate.loss(gates)
         best, best_price = gates, np.inf
-        for t, i in _after_first(gates):
+        for t, i in _later(gates, stages):
             trial = gates.copy()
             trial[t, i] = False
             trial = task.layout.closure(trial, task.reuse)
@@ -76,15 +90,15 @@ def greedy(task: Task, surrogate: Surrogate) -> Gates:
     return gates
 
 
-def _after_first(which: Gates) -> list[tuple[int, int]]:
-    """(call, unit) of every True entry but those of the first call."""
-    return [(int(t) + 1, int(i)) for t, i in np.argwhere(which[1:])]
+def _later(which: Gates, stages: Sequence[int]) -> list[tuple[int, int]]:
+    """(step, unit) of every True entry but those of the steps in which a denoiser takes over."""
+    return [(int(t), int(i)) for t, i in np.argwhere(which) if t not in stages]
 
 
-def swaps(gates: Gates) -> Iterator[Gates]:
-    """Every pattern with one closed gate opened and one open gate closed, or only opened; the first call stays."""
-    opened = _after_first(gates)
-    for t, i in _after_first(~gates):
+def swaps(gates: Gates, stages: Sequence[int] = (0,)) -> Iterator[Gates]:
+    """Every pattern with one closed gate opened and one open gate closed, or only opened; first steps stay."""
+    opened = _later(gates, stages)
+    for t, i in _later(~gates, stages):
         more = gates.copy()
         more[t, i] = True
         yield more
@@ -100,7 +114,7 @@ def path(task: Task, surrogate: Surrogate, gates: Gates, swaps_at_most: int = MA
     loss = surrogate.loss(gates)
     while len(way) < swaps_at_most:
         best = None
-        for trial in swaps(gates):
+        for trial in swaps(gates, task.stages):
             if (value := surrogate.loss(trial)) < loss and task.fits(trial):
                 best, loss = task.layout.closure(trial, task.reuse), value
         if best is None:
@@ -111,21 +125,24 @@ def path(task: Task, surrogate: Surrogate, gates: Gates, swaps_at_most: int = MA
 
 
 def evenly(task: Task) -> Gates:
-    """Whole calls that run, evenly spaced from the first on, as many as the budget allows."""
+    """Whole steps that run, evenly spaced from the first on, as many as the budget allows; first steps always."""
     calls, units = task.sampler.calls, len(task.layout.units)
+    gates = np.zeros((calls, units), dtype=bool)
     for count in range(calls, 1, -1):
-        gates = np.zeros((calls, units), dtype=bool)
-        gates[np.arange(count) * calls // count] = True
+        gates[:] = False
+        gates[[*task.stages, *(np.arange(count) * calls // count)]] = True
         if task.fits(gates):
             return gates
-    return np.arange(calls)[:, None].repeat(units, 1) == 0
+    gates[:] = False
+    gates[list(task.stages)] = True
+    return gates
 
 
-def slides(gates: Gates) -> list[Gates]:
-    """Every pattern with two neighbouring calls changed over, where that changes anything; the first call stays."""
+def slides(gates: Gates, stages: Sequence[int] = (0,)) -> list[Gates]:
+    """Every pattern with two neighbouring steps changed over, where that changes anything; first steps stay."""
     found = []
-    for t in range(1, len(gates) - 1):
-        if (gates[t] != gates[t + 1]).any():
+    for t in range(len(gates) - 1):
+        if not {t, t + 1} & set(stages) and (gates[t] != gates[t + 1]).any():
             trial = gates.copy()
             trial[[t, t + 1]] = trial[[t + 1, t]]
             found.append(trial)
@@ -146,7 +163,7 @@ def slide(
     """
     error = log_error(task.run(gates, seeds), full)
     while True:
-        trials = slides(gates)
+        trials = slides(gates, task.stages)
         generations -= len(trials) * task.macs.share(gates)
         if not trials or generations < 0:
             return gates
@@ -203,13 +220,15 @@ def refine(
     return line
 
 
-def likeness(task: Task, gates: Gates, seeds: Sequence[int], full: Tensor) -> Tensor:
+def likeness(
+    task: Task, gates: Gates, seeds: Sequence[int], full: Tensor, forecasts: Forecasts | None = None
+) -> Tensor:
     """PSNR in dB of each decoded image to `full`, those of the full run: what a plan is stated by.
 
     Latents tell another story: what overshoots the range of images does not show in them.
     """
     with torch.no_grad():
-        return psnr(task.sampler.decode(task.run(gates, seeds)), full)
+        return psnr(task.sampler.decode(task.run(gates, seeds, forecasts)), full)
 
 
 def surest(task: Task, line: Sequence[Gates], seeds: Sequence[int], full: Tensor) -> Gates:
@@ -225,7 +244,32 @@ def surest(task: Task, line: Sequence[Gates], seeds: Sequence[int], full: Tensor
     chosen, reached = line[0], likeness(task, line[0], seeds, full)
     for gates in line[1:]:
         trial = likeness(task, gates, seeds, full)
-        gain = trial - reached
-        if gain.mean() > gain.std(correction=0) / len(gain) ** 0.5:
+        if _sure(trial - reached):
             chosen, reached = gates, trial
     return chosen
+
+
+def _sure(gain: Tensor) -> bool:
+    """Whether a gain on some images is more than one standard error of its mean."""
+    return bool(gain.mean() > gain.std(correction=0) / len(gain) ** 0.5)
+
+
+def foresee(
+    task: Task,
+    gates: Gates,
+    seeds: Sequence[int],
+    full: Tensor,
+    judges: Sequence[int],
+    full_judges: Tensor,
+    projections: int,
+) -> Forecasts | None:
+    """Kinds of forecast for every closed gate by itself, if they are surely better on `judges` than the task's order.
+
+    Args:
+        seeds: Images to record around `gates`, with `full`, the latents of their full run.
+        full_judges: Images of the full run on `judges`.
+    """
+    surrogate = record(task.sampler, task.layout, task.reuse, task.order, seeds, projections, gates, full)
+    kinds, _ = surrogate.forecasts(task.layout.closure(gates, task.reuse))
+    plain = likeness(task, gates, judges, full_judges)
+    return kinds if _sure(likeness(task, gates, judges, full_judges, kinds) - plain) else None

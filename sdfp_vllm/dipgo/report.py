@@ -20,7 +20,8 @@ def verdict(plan: DipgoPlan) -> str:
     text = (
         f"{plan.compute_share:.1%} of the compute ({tera(spent)} of {tera(full)} per image, {plan.scheduler.name}, "
         f"{plan.scheduler.num_inference_steps} steps), {int((~plan.gates).sum())} of {plan.gates.size} "
-        f"{plan.granularity} gates closed, taking the {_REUSE[plan.reuse, plan.order]}"
+        f"{plan.granularity} gates closed, taking "
+        + ("a forecast of its own for each" if plan.forecasts else f"the {_REUSE[plan.reuse, plan.order]}")
     )
     if plan.latency:
         text += (
@@ -31,7 +32,18 @@ def verdict(plan: DipgoPlan) -> str:
     if plan.quality:
         q = plan.quality
         text += f"; against the full run PSNR {q.psnr:.1f} dB, SSIM {q.ssim:.4f} on {q.images} unseen seeds"
-    return text + "."
+    if plan.native:
+        text += f"; {plan.native.steps} native steps reach {plan.native.psnr:.1f} dB on them"
+    return text + "." + (f" {nothing_better(plan)}" if plan.beaten else "")
+
+
+def nothing_better(plan: DipgoPlan) -> str:
+    """What to do instead of a plan that fewer steps are as near as."""
+    assert plan.native is not None
+    return (
+        f"NOTHING FOUND IS NEARER THAN FEWER STEPS: within {plan.made.budget:.0%} of the {plan.made.cost}, run the "
+        f"pipeline without a plan and with num_inference_steps={plan.native.steps}."
+    )
 
 
 def tera(macs: int) -> str:

@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from numpy.typing import NDArray
 from torch import nn
 
 from sdfp_vllm.dipgo.clock import WHERE, Clock, Generation
+from sdfp_vllm.dipgo.families import is_listed, layout_of
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint, scheduler_fingerprint
+from sdfp_vllm.dipgo.forecast import KINDS, Forecasts
 from sdfp_vllm.dipgo.history import History, recalled
-from sdfp_vllm.dipgo.layout import Gates, Layout, denoiser_of, layout_of
+from sdfp_vllm.dipgo.layout import Gates, Layout, Unit, denoisers_of
 from sdfp_vllm.dipgo.plan import DipgoPlan, load_plan
+from sdfp_vllm.dipgo.rhythm import Rhythm, rhythm_of
+from sdfp_vllm.dipgo.streams import added, batch_of, entering, passed
 from sdfp_vllm.errors import PlanError, SdfpError
 
 _CLOCK, _UNIT = "sdfp_dipgo_clock", "sdfp_dipgo_unit"
@@ -28,14 +33,17 @@ _SEARCH = "Make one for this pipeline with `sdfp dipgo search`."
 class UnitHook(ModelHook):
     """Runs its unit, or gives what the unit gave before.
 
-    With residual reuse what is kept is what the unit added to its input; a unit that runs
-    still returns its own output, bit for bit.
+    With residual reuse what is kept is what the unit added to each of its streams; a unit that runs
+    still returns its own output, bit for bit. Every branch of a step has a history of its own.
     """
 
-    def __init__(self, clock: Clock, runs: list[bool], residual: bool, order: int):
+    def __init__(
+        self, clock: Clock, unit: Unit, runs: list[bool], kept: list[bool], residual: bool, kinds: list[str]
+    ):
         super().__init__()
-        self._clock, self._runs, self._residual, self._order = clock, runs, residual, order
-        self._kept = [bool(taken.any()) for taken in recalled(runs, order).T]
+        self._clock, self._unit, self._residual = clock, unit, residual
+        self._runs, self._kept, self._kinds = runs, kept, kinds
+        self._order = max(KINDS[kind] for kind in kinds)
 
     # The unit itself may be compiled: what is called from here is no part of what is left out.
     @partial(torch.compiler.disable, recursive=False, reason="a DiP-GO plan skips it in some calls")
@@ -46,30 +54,29 @@ class UnitHook(ModelHook):
         generation = self._clock.now
         step, kept = generation.step, generation.kept
         kept[_MET] = kept.get(_MET, 0) + 1
-        history = kept.setdefault(self, History(self._order))
+        history = kept.setdefault((self, generation.branch), History(self._order))
         if not self._runs[step]:
-            reused = history.recall(step)
-            return input_of(args, kwargs) + reused if self._residual else reused
+            reused = history.recall(step, self._kinds[step])
+            if self._residual:
+                return passed(self._unit, entering(self._unit, module, args, kwargs), reused)
+            return reused
         if not self._kept[step]:
             return forward(*args, **kwargs)  # type: ignore[misc]
         # Of the input as it is now: the unit may write into it.
-        entering = input_of(args, kwargs).clone() if self._residual else None
+        streams = [x.clone() for x in entering(self._unit, module, args, kwargs)] if self._residual else []
         output = forward(*args, **kwargs)  # type: ignore[misc]
-        history.store(step, output if entering is None else output - entering)
+        history.store(step, added(self._unit, streams, output) if self._residual else output)
         return output
-
-
-def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The hidden states that a block is called with."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 class Skipping:
     """Hooks that skip units of a denoiser. `remove()`, or leaving a `with` block, gives it back as it was.
 
     Args:
-        gates: (calls, units); the first row is all True.
-        timesteps: Of every call of a generation.
+        denoiser: The denoiser, or those of all stages in order.
+        gates: (steps, units); the first row of every stage is all True.
+        rhythm: The calls of a generation; a list of timesteps for one call at each.
+        forecasts: (steps, units) of kinds (`forecast.KINDS`), in place of `order`; not read where a gate is open.
         check: Called with the pipeline (None: there is none) before the first call of every generation; may refuse it.
 
     Raises:
@@ -78,35 +85,43 @@ class Skipping:
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoiser: nn.Module | Sequence[nn.Module],
         layout: Layout,
         gates: Gates,
         reuse: str,
         order: int,
-        timesteps: Sequence[float],
+        rhythm: Rhythm | Sequence[float],
         check: Callable[[Any], None] = lambda pipe: None,
+        forecasts: Forecasts | None = None,
     ):
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-        if registry.get_hook(_CLOCK) is not None:
-            raise SdfpError(
-                type(denoiser).__name__,
-                "a DiP-GO plan is applied already",
-                "Remove it first: handle.remove().",
-            )
-        self._denoiser = denoiser
-        self._clock = Clock(timesteps, check, self._before_call, self._after_call)
-        self._units = layout.modules(denoiser)
+        self._denoisers = [denoiser] if isinstance(denoiser, nn.Module) else list(denoiser)
+        for each in self._denoisers:
+            if HookRegistry.check_if_exists_or_initialize(each).get_hook(_CLOCK) is not None:
+                raise SdfpError(
+                    type(each).__name__,
+                    "a DiP-GO plan is applied already",
+                    "Remove it first: handle.remove().",
+                )
+        rhythm = rhythm_of(rhythm)
+        self._clock = Clock(rhythm, check, self._before_call, self._after_call)
+        self._units = [layout.modules(each) for each in self._denoisers]
         runs = gates.T.tolist()
-        self._recalled = np.any([recalled(column, order) for column in runs], axis=0)
-        for module, column in zip(self._units, runs, strict=True):
-            _register(module, UnitHook(self._clock, column, reuse == "residual", order), _UNIT)
-        # Last, so that it is the outermost where the denoiser itself is the unit.
-        _register(denoiser, self._clock, _CLOCK)
+        kinds = (np.full(gates.shape, str(order)) if forecasts is None else forecasts).T.tolist()
+        # (units, steps, steps)
+        taken = np.array([recalled(r, order, rhythm.stages, k) for r, k in zip(runs, kinds, strict=True)])
+        self._recalled: NDArray[np.bool_] = np.any(taken, axis=0)
+        kept = np.any(taken, axis=1).tolist()  # whether a unit's value of a step is taken later
+        residual = reuse == "residual"
+        for stage, each in enumerate(self._denoisers):
+            for i, (module, unit) in enumerate(zip(self._units[stage], layout.units, strict=True)):
+                _register(module, UnitHook(self._clock, unit, runs[i], kept[i], residual, kinds[i]), _UNIT)
+            # Last, so that it is the outermost where the denoiser itself is the unit.
+            _register(each, self._clock.hook(stage), _CLOCK)
 
     def _before_call(self, generation: Generation, args: tuple, kwargs: dict[str, Any]) -> None:
         """Refuses a call that would take values of a batch of another shape: a tensor may well fit, and mean others."""
-        step, shapes = generation.step + 1, generation.kept.setdefault(_SHAPES, [])
-        shapes.append(tuple((kwargs["sample"] if "sample" in kwargs else input_of(args, kwargs)).shape))
+        step, shapes = generation.step, generation.kept.setdefault((_SHAPES, generation.branch), {})
+        shapes[step] = tuple(batch_of(args, kwargs).shape)
         for source in np.flatnonzero(self._recalled[step]):
             if shapes[source] != shapes[step]:
                 raise SdfpError(
@@ -117,7 +132,7 @@ class Skipping:
                 )
 
     def _after_call(self, generation: Generation) -> None:
-        if generation.kept.pop(_MET, 0) != len(self._units):
+        if generation.kept.pop(_MET, 0) != len(self._units[0]):
             raise SdfpError(
                 WHERE,
                 "its hooks on units were taken off by something else",
@@ -127,9 +142,10 @@ class Skipping:
     def remove(self) -> None:
         """Takes the hooks off; a second time does nothing."""
         self._clock.removed = True
-        for module, name in ((self._denoiser, _CLOCK), *((unit, _UNIT) for unit in self._units)):
-            with _beneath_offloading(module):
-                HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
+        for denoiser, units in zip(self._denoisers, self._units, strict=True):
+            for module, name in ((denoiser, _CLOCK), *((unit, _UNIT) for unit in units)):
+                with _beneath_offloading(module):
+                    HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
         self._clock.forget()
 
     def __enter__(self) -> Skipping:
@@ -165,7 +181,7 @@ def apply_dipgo(pipe: Any, plan: DipgoPlan | str | Path) -> Skipping:
     """Makes `pipe` skip what `plan` leaves out, from its next generation on; returns the handle to take it off.
 
     Args:
-        pipe: A loaded diffusers pipeline around a supported denoiser.
+        pipe: A loaded diffusers pipeline.
         plan: A plan, or the path of one.
 
     Raises:
@@ -177,20 +193,21 @@ def apply_dipgo(pipe: Any, plan: DipgoPlan | str | Path) -> Skipping:
         plan = load_plan(plan)
     scheduler = plan.scheduler
     where = f"DiP-GO plan for {plan.pipeline}"
-    name, denoiser = denoiser_of(pipe)
-    if getattr(getattr(getattr(pipe, name), "dynamo_ctx", None), "fullgraph", False):
-        raise SdfpError(
-            where,
-            f"decides between blocks, and pipe.{name} is compiled as one graph",
-            f"Compile it without fullgraph=True: pipe.{name} = torch.compile(pipe.{name}).",
-        )
+    found = denoisers_of(pipe)
+    names = plan.rhythm.denoisers or tuple(found)[:1]
     if differences := plan.fingerprint.differences(pipeline_fingerprint(pipe)):
         raise PlanError(where, "was made for another model: " + "; ".join(differences), _SEARCH)
-    layout = layout_of(denoiser, plan.granularity)
-    if plan.units != list(layout.units):
-        raise PlanError(f"{where}: field units", "names other units than this denoiser has", _SEARCH)
-    if plan.reuse == "residual" and not layout.residual:
-        raise PlanError(f"{where}: field reuse", "is residual, but units change their input's shape", _SEARCH)
+    if missing := [name for name in names if name not in found]:
+        raise PlanError(where, f"is for pipe.{missing[0]}, which this pipeline does not have", _SEARCH)
+    for name in names:
+        if getattr(getattr(getattr(pipe, name), "dynamo_ctx", None), "fullgraph", False):
+            raise SdfpError(
+                where,
+                f"decides between blocks, and pipe.{name} is compiled as one graph",
+                f"Compile it without fullgraph=True: pipe.{name} = torch.compile(pipe.{name}).",
+            )
+    denoisers = [found[name] for name in names]
+    layout = _layout(plan, denoisers, where)
 
     def check(running: Any) -> None:
         # Another pipeline may be built around the same denoiser, with a scheduler of its own.
@@ -202,4 +219,29 @@ def apply_dipgo(pipe: Any, plan: DipgoPlan | str | Path) -> Skipping:
                 "or search a plan for these settings.",
             )
 
-    return Skipping(denoiser, layout, plan.gates, plan.reuse, plan.order, scheduler.timesteps, check)
+    return Skipping(
+        denoisers, layout, plan.gates, plan.reuse, plan.order, plan.rhythm, check, plan.forecast_kinds
+    )
+
+
+def _layout(plan: DipgoPlan, denoisers: Sequence[nn.Module], where: str) -> Layout:
+    """The plan's units, held against every denoiser they are for.
+
+    A plan that was made before units had streams gets those of the class.
+    """
+    layout = Layout(tuple(plan.units))
+    for denoiser in denoisers:
+        if plan.granularity == "block" and is_listed(denoiser):
+            known = layout_of(denoiser, "block")
+            if [(u.name, u.inputs) for u in known.units] != [(u.name, u.inputs) for u in layout.units]:
+                raise PlanError(f"{where}: field units", "names other units than this denoiser has", _SEARCH)
+            if not layout.residual:
+                layout = known
+        modules = dict(denoiser.named_modules())
+        if missing := [unit.name for unit in layout.units if unit.name not in modules]:
+            raise PlanError(
+                f"{where}: field units", f"names {missing[0]}, which this denoiser does not have", _SEARCH
+            )
+    if plan.reuse == "residual" and not layout.residual:
+        raise PlanError(f"{where}: field reuse", "is residual, but units change their input's shape", _SEARCH)
+    return layout

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdfp_vllm.dipgo.fingerprint import SchedulerFingerprint, scheduler_fingerprint
-from sdfp_vllm.dipgo.layout import denoiser_of
+from sdfp_vllm.dipgo.fingerprint import SchedulerFingerprint
+from sdfp_vllm.dipgo.layout import WHOLE, Granularity, Layout, denoisers_of
+from sdfp_vllm.dipgo.rehearsal import Call, rehearse
+from sdfp_vllm.dipgo.rhythm import Rhythm
+from sdfp_vllm.dipgo.signature import check_layout, units_of
 from sdfp_vllm.errors import SdfpError
 
 CONDITIONS_FILE = "conditions.safetensors"
@@ -31,8 +34,8 @@ PROMPTS = (
 
 
 class _AtDecoder(Exception):
-    def __init__(self, latents: Tensor):
-        self.latents = latents
+    def __init__(self, latents: Tensor, further: tuple = ()):
+        self.latents, self.further = latents, further
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,32 @@ def load_conditions(pipe: Any, folder: Path, prompts: Path | None = None) -> Con
             f"Put prompt embeddings into {CONDITIONS_FILE} in the pipeline's folder.",
         )
     if prompts is None:
-        return Conditions({"prompt": list(PROMPTS)})
+        return Conditions(_with_negative(pipe, list(PROMPTS)))
     try:
         lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise SdfpError(f"--prompts {prompts}", f"cannot be read ({e})", "Give a text file.") from e
     if not lines:
         raise SdfpError(f"--prompts {prompts}", "is empty", "Give a prompt per line.")
-    return Conditions({"prompt": lines})
+    return Conditions(_with_negative(pipe, lines))
+
+
+def _with_negative(pipe: Any, prompts: list[str]) -> dict[str, Sequence[Any] | Tensor]:
+    """The prompts; for pipelines that are guided only if a negative prompt is given (Qwen-Image), an empty one with each."""
+    values: dict[str, Sequence[Any] | Tensor] = {"prompt": prompts}
+    if _guidance_name(pipe) == "true_cfg_scale":
+        values["negative_prompt"] = [" "] * len(prompts)
+    return values
+
+
+def _guidance_name(pipe: Any) -> str | None:
+    """The argument of the pipeline's call that says how strongly it is guided, if there is one."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    true = parameters.get("true_cfg_scale")
+    # Flux has it too, switched off by its default of 1: its guidance is an input of the network.
+    if true is not None and isinstance(true.default, int | float) and true.default > 1:
+        return "true_cfg_scale"
+    return "guidance_scale" if "guidance_scale" in parameters else None
 
 
 class Sampler:
@@ -108,32 +129,86 @@ class Sampler:
         arguments: Further arguments of every call of the pipeline.
 
     Attributes:
-        calls: Denoiser calls of a generation (more than `steps` for some schedulers).
+        rhythm: How the pipeline calls its denoiser in a generation.
+        calls: Steps of a generation (more than `steps` for some schedulers).
+        denoisers: The denoisers of its stages; most pipelines have one, which is `denoiser`.
+        first_calls: Of every stage, the arguments of the denoiser calls of its first step, for one image.
+        units: A description of the denoiser's blocks to use in place of what is known of its class.
+
+    Raises:
+        SdfpError: If the pipeline cannot be called like this, or calls its denoiser in a way that cannot be planned.
     """
 
     def __init__(
         self, pipe: Any, conditions: Conditions, steps: int, guidance_scale: float, **arguments: Any
     ):
-        self.pipe, self.conditions, self.steps = pipe, conditions, steps
-        self._arguments = {"guidance_scale": guidance_scale, **arguments}
+        self.pipe, self.conditions, self.steps, self.guidance_scale = pipe, conditions, steps, guidance_scale
+        self.units: Layout | None = None
+        self._given = arguments
+        self._further: tuple[Any, ...] = ()  # what the decoder is told beside the latents
+        self._blocks: Layout | None = None
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        if unknown := [name for name in arguments if name not in parameters]:
+            raise SdfpError(
+                f"--set {unknown[0]}", f"no argument of {type(pipe).__name__}", "Name it as its call does."
+            )
+        guidance = _guidance_name(pipe)
+        self._arguments = {**({guidance: guidance_scale} if guidance else {}), **arguments}
         pipe.set_progress_bar_config(disable=True)
-        _, self.denoiser = denoiser_of(pipe)
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        try:
-            pipe.scheduler.set_timesteps(steps)
-        except (TypeError, ValueError) as e:
-            raise SdfpError(
-                f"--steps {steps}", f"the scheduler refuses it ({e})", "Give another number."
-            ) from e
-        self.scheduler: SchedulerFingerprint = scheduler_fingerprint(pipe.scheduler)
-        self.calls = len(self.scheduler.timesteps)
         # `__call__` is wrapped in torch.no_grad(); search needs what is inside.
         self._call = inspect.unwrap(type(pipe).__call__)
+        denoisers = denoisers_of(pipe)
+        try:
+            found = rehearse(pipe, denoisers, lambda: self.latents([0]))
+        except (TypeError, ValueError, AttributeError) as e:
+            raise SdfpError(
+                f"{type(pipe).__name__}, {steps} steps",
+                f"cannot be called with what the search has ({e})",
+                "Give another number of --steps, what it asks for with --set NAME=VALUE, or conditions.safetensors in its folder.",
+            ) from e
+        self.rhythm: Rhythm = found.rhythm
+        self.scheduler: SchedulerFingerprint = found.scheduler
+        self.first_calls: list[list[Call]] = found.calls
+        self.calls = len(self.rhythm.timesteps)
+        self.denoisers = [denoisers[name] for name in self.rhythm.denoisers]
+        self.denoiser = self.denoisers[0]
+
+    def with_steps(self, steps: int) -> Sampler:
+        """The same with another number of steps."""
+        return Sampler(self.pipe, self.conditions, steps, self.guidance_scale, **self._given)
+
+    def layout(self, granularity: Granularity) -> Layout:
+        """The units of its denoisers.
+
+        Raises:
+            SdfpError: If they cannot be told from the class nor from a call, or are not the same in all stages.
+        """
+        if granularity == "step":
+            return WHOLE
+        if self._blocks is None:
+            if self.units is not None:
+                for denoiser, calls in zip(self.denoisers, self.first_calls, strict=True):
+                    check_layout(self.units, denoiser, *calls[0])
+                self._blocks = self.units
+            else:
+                first, *others = (
+                    units_of(denoiser, granularity, *calls[0])
+                    for denoiser, calls in zip(self.denoisers, self.first_calls, strict=True)
+                )
+                if any(other != first for other in others):
+                    raise SdfpError(
+                        type(self.pipe).__name__,
+                        f"has other blocks in {' and '.join(self.rhythm.denoisers)}",
+                        "Use --granularity step.",
+                    )
+                self._blocks = first
+        return self._blocks
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
-        """Final latents (images, channels, height, width), as the decoder would get them."""
+        """Final latents (images, channels, height, width), as the decoder would get them; of videos with frames among them."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with _stop_at_decoder(self.pipe), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds[0])  # schedulers that add noise without being given a generator
@@ -146,34 +221,28 @@ class Sampler:
                     **self._arguments,
                 )
             except _AtDecoder as reached:
+                self._further = reached.further
                 return reached.latents
         raise SdfpError(type(self.pipe).__name__, "never called its VAE", "Use a latent diffusion pipeline.")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (images, channels, height, width), values about [-1, 1]."""
-        return self.pipe.vae.decode(latents, return_dict=False)[0]
+        """Images (images, channels, height, width), or videos (videos, channels, frames, height, width), about [-1, 1]."""
+        # Some decoders are told a timestep (LTX-Video), the same for every row.
+        further = [
+            x[:1].expand(len(latents), *x.shape[1:]) if isinstance(x, Tensor) and x.dim() else x
+            for x in self._further
+        ]
+        return self.pipe.vae.decode(latents, *further, return_dict=False)[0]
 
-    def first_call(self) -> tuple[tuple, dict[str, Any]]:
+    def first_call(self) -> Call:
         """Arguments of the denoiser's first call for one image, for counting MACs."""
-        seen: list[tuple[tuple, dict[str, Any]]] = []
-
-        def note(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen.append((args, kwargs))
-            raise _AtDecoder(torch.empty(0))
-
-        handle = self.denoiser.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self.latents([0])
-        finally:
-            handle.remove()
-        return seen[0]
+        return self.first_calls[0][0]
 
 
 @contextmanager
 def _stop_at_decoder(pipe: Any) -> Iterator[None]:
-    def reached(latents: Tensor, *_: Any, **__: Any) -> None:
-        raise _AtDecoder(latents)
+    def reached(latents: Tensor, *further: Any, **_: Any) -> None:
+        raise _AtDecoder(latents, further)
 
     pipe.vae.decode = reached
     try:

@@ -30,10 +30,13 @@ def measure_latency(
     reuse needs. What their difference gives for a call is shared out to the units as they take time in a plain run.
     """
     calls = sampler.calls
-    begun = min(order + 1, calls - 1)
     everything = np.ones((calls, len(layout.units)), dtype=bool)
-    least = everything.copy()
-    least[begun:] = False
+    least = ~everything
+    for stage in sampler.rhythm.stages:
+        least[stage : stage + order + 1] = True
+    if least.all():  # so few steps that order 1 leaves nothing to close: from the last value, then
+        least[-1] = len(least) - 1 in sampler.rhythm.stages
+    closed = max(int((~least[:, 0]).sum()), 1)
     seeds = [_SEED + i for i in range(images)]
 
     def plain() -> None:
@@ -41,15 +44,18 @@ def measure_latency(
 
     def hooked(gates: Gates) -> Callable[[], None]:
         def run() -> None:
-            with Skipping(sampler.denoiser, layout, gates, reuse, order, sampler.scheduler.timesteps):
+            with Skipping(sampler.denoisers, layout, gates, reuse, order, sampler.rhythm):
                 plain()
 
         return run
 
     with torch.no_grad():
         full, all_run, few_run = _best([plain, hooked(everything), hooked(least)], repeats, sampler)
-        in_units = _unit_seconds(layout.modules(sampler.denoiser), plain, repeats, sampler)
-    a_call = max((all_run - few_run) / (calls - begun), _LEAST)
+        in_units = np.mean(
+            [_unit_seconds(layout.modules(each), plain, repeats, sampler) for each in sampler.denoisers],
+            axis=0,
+        ).tolist()
+    a_call = max((all_run - few_run) / closed, _LEAST)
     return Latency(
         machine=_machine(sampler),
         images=images,

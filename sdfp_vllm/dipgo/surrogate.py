@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sdfp_vllm.dipgo.clock import Clock
+from sdfp_vllm.dipgo.forecast import KINDS, Forecasts, coefficients
 from sdfp_vllm.dipgo.history import History
-from sdfp_vllm.dipgo.layout import Gates, Layout
-from sdfp_vllm.dipgo.runtime import input_of
+from sdfp_vllm.dipgo.layout import Gates, Layout, Unit
 from sdfp_vllm.dipgo.sampling import Sampler
+from sdfp_vllm.dipgo.streams import added, entering, passed
 
 _HOOK = "sdfp_dipgo_trace"
 _REMEMBERED = 50_000
@@ -36,14 +37,23 @@ class Surrogate:
     """Predicted error of gates, linear in each unit's own error around the generation that was recorded.
 
     Args:
-        table: (projections, units, calls, calls): P as above; entry [.., t, a] for a <= t.
+        table: (projections, units, steps, steps): P as above; entry [.., t, a] for a <= t.
         around: The gates of the recorded generation.
         offset: (projections,): the projections of its latents' error; zeros for the full run.
+        stages: The steps at which a denoiser takes over.
     """
 
     def __init__(
-        self, table: NDArray, layout: Layout, reuse: str, order: int, around: Gates, offset: NDArray
+        self,
+        table: NDArray,
+        layout: Layout,
+        reuse: str,
+        order: int,
+        around: Gates,
+        offset: NDArray,
+        stages: Sequence[int] = (0,),
     ):
+        self._stages = set(stages)
         self._table, self._layout, self._reuse, self._order = table, layout, reuse, order
         self._columns: dict[tuple[int, bytes, bytes], NDArray] = {}
         self._offset = offset
@@ -52,6 +62,47 @@ class Surrogate:
     def loss(self, gates: Gates) -> float:
         """Predicted mean squared error of the final latents, summed over an image's elements."""
         return float(np.mean((self._offset + self._sum(gates)) ** 2))
+
+    def forecasts(self, gates: Gates, sweeps: int = 4) -> tuple[Forecasts, float]:
+        """For each closed gate the kind of forecast with which the predicted error is least, and that error.
+
+        What a forecast errs by is in the table, for every kind: so each is chosen exactly, given the others. They are gone
+        through in turn, from those of the surrogate's order, until none changes or `sweeps` are done.
+
+        Returns:
+            (steps, units) of `forecast.KINDS`; and the predicted error, as `loss`.
+        """
+        live = self._layout.live(gates, self._reuse)
+        executed = gates & live
+        kinds = np.full(gates.shape, str(self._order))
+        closed = [(int(t), int(i)) for t, i in np.argwhere(live & ~executed)]
+        errors = {(t, i): self._errors(t, i, executed[:, i]) for t, i in closed}
+        total = self._offset + np.sum([errors[place][str(self._order)] for place in closed], axis=0)
+        for _ in range(sweeps):
+            changed = False
+            for place in closed:
+                without = total - errors[place][str(kinds[place])]
+                losses = {kind: np.mean((without + error) ** 2) for kind, error in errors[place].items()}
+                best = min(losses, key=lambda kind: float(losses[kind]))
+                if best != kinds[place]:
+                    kinds[place], changed = best, True
+                    total = without + errors[place][best]
+            if not changed:
+                break
+        return kinds, float(np.mean(total**2))
+
+    def _errors(self, step: int, unit: int, executed: NDArray[np.bool_]) -> dict[str, NDArray]:
+        """What each kind of forecast in one step errs by: (projections,) each."""
+        began = max(s for s in self._stages if s <= step)
+        computed = [s for s in range(step - 1, began - 1, -1) if executed[s]][:3]
+        table = self._table[:, unit, step]
+        return {
+            kind: sum(
+                c * table[:, s] for c, s in zip(coefficients(kind, step, computed), computed, strict=False)
+            )
+            - table[:, step]
+            for kind in KINDS
+        }
 
     def _sum(self, gates: Gates) -> NDArray:
         """The projected errors of all reused values that reach the prediction: (projections,)."""
@@ -73,8 +124,10 @@ class Surrogate:
         total = np.zeros(len(table))
         last, before = 0, -1
         for t in range(len(live)):
-            if executed[t]:
-                last, before = t, last if t else -1
+            if t in self._stages:
+                last, before = t, -1
+            elif executed[t]:
+                last, before = t, last
             elif live[t]:
                 ahead = (t - last) / (last - before) if self._order == 1 and before >= 0 else 0.0
                 total += table[:, t, last] * (1 + ahead) - table[:, t, before] * ahead - table[:, t, t]
@@ -121,11 +174,15 @@ def record(
         order,
         around,
         np.concatenate(offsets).astype(np.float64),
+        sampler.rhythm.stages,
     )
 
 
 def _products(trace: _Trace, adjoints: Any, images: int) -> NDArray:
-    """(images, units, calls, calls): inner products of each call's adjoint with each call's computed value."""
+    """(images, units, steps, steps): inner products of each step's adjoint with each step's computed value.
+
+    A unit's value is all that it gives in all the calls of a step, so that is what the products are summed over.
+    """
     calls, units = len(trace.values), len(trace.values[0])
     grads = [[[next(adjoints) for _ in unit] for unit in row] for row in trace.taps]
     out = np.zeros((images, units, calls, calls), dtype=np.float32)
@@ -152,45 +209,52 @@ class _Trace:
         self.taps: list[list[list[Tensor]]] = [[[] for _ in range(units)] for _ in range(calls)]
 
     def __enter__(self) -> _Trace:
-        denoiser = self._sampler.denoiser
-        self.clock = Clock(self._sampler.scheduler.timesteps)
-        self._modules = self._layout.modules(denoiser)
-        for i, module in enumerate(self._modules):
-            registry = HookRegistry.check_if_exists_or_initialize(module)
-            registry.register_hook(
-                _Tap(self, i, self._gates[:, i].tolist(), self._residual, self._order), _HOOK
-            )
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-        registry.register_hook(self.clock, _HOOK + "_clock")
+        self.clock = Clock(self._sampler.rhythm)
+        for stage, denoiser in enumerate(self._sampler.denoisers):
+            for i, (unit, module) in enumerate(
+                zip(self._layout.units, self._layout.modules(denoiser), strict=True)
+            ):
+                tap = _Tap(self, i, unit, self._gates[:, i].tolist(), self._residual, self._order)
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(tap, _HOOK)
+            registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+            registry.register_hook(self.clock.hook(stage), _HOOK + "_clock")
         return self
 
     def __exit__(self, *_: object) -> None:
-        registry = HookRegistry.check_if_exists_or_initialize(self._sampler.denoiser)
-        registry.remove_hook(_HOOK + "_clock", recurse=False)
-        for module in self._modules:
-            HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+        for denoiser in self._sampler.denoisers:
+            registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+            registry.remove_hook(_HOOK + "_clock", recurse=False)
+            for module in self._layout.modules(denoiser):
+                HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
 
 
 class _Tap(ModelHook):
-    def __init__(self, trace: _Trace, index: int, runs: list[bool], residual: bool, order: int):
+    def __init__(self, trace: _Trace, index: int, unit: Unit, runs: list[bool], residual: bool, order: int):
         super().__init__()
-        self._trace, self._index, self._runs, self._residual = trace, index, runs, residual
-        self._history = History(order)
+        self._trace, self._index, self._unit, self._runs, self._residual = trace, index, unit, runs, residual
+        self._order = order
+        self._histories: dict[int, History] = {}
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        step = self._trace.clock.step
+        step, branch = self._trace.clock.step, self._trace.clock.now.branch
+        history = self._histories.setdefault(branch, History(self._order))
         # Of the input as it is now: the unit may write into it.
-        entering = input_of(args, kwargs).clone() if self._residual else None
+        streams = [x.clone() for x in entering(self._unit, module, args, kwargs)] if self._residual else []
         output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
-        leaves, spec = tree_flatten(output if entering is None else output - entering)
-        computed = [leaf.detach() for leaf in leaves]
+        leaves, spec = tree_flatten(added(self._unit, streams, output) if self._residual else output)
+        # Beside tensors a block may give None, for a stream that nothing reads any more.
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        computed = [leaves[i].detach() for i in places]
+        given = [leaves[i] for i in places]
         if self._runs[step]:
-            self._history.store(step, computed)
+            history.store(step, computed)
         else:
             # Detached: what a later reuse of the same value does is an error of that later call.
-            leaves = self._history.recall(step)
-        taps = [torch.zeros_like(leaf).requires_grad_() for leaf in leaves]
-        self._trace.values[step][self._index] = computed
-        self._trace.taps[step][self._index] = taps
-        passed = tree_unflatten([leaf + tap for leaf, tap in zip(leaves, taps, strict=True)], spec)
-        return passed if entering is None else entering + passed
+            given = history.recall(step)
+        taps = [torch.zeros_like(leaf).requires_grad_() for leaf in given]
+        self._trace.values[step][self._index] += computed
+        self._trace.taps[step][self._index] += taps
+        for i, leaf, tap in zip(places, given, taps, strict=True):
+            leaves[i] = leaf + tap
+        value = tree_unflatten(leaves, spec)
+        return passed(self._unit, streams, value) if self._residual else value

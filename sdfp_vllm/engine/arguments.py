@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.plan.model_files import has_plan_beside
 from sdfp_vllm.plan.parcel import PLAN_FILE
 
 METHOD = "sdfp"
@@ -54,7 +55,7 @@ def patch_arguments() -> None:
         if getattr(config.speculative_config, "method", None) == METHOD and config.use_v2_model_runner:
             from sdfp_vllm.engine.upstream.releases import check_v2_release
 
-            check_v2_release()
+            check_v2_release(adapters=config.lora_config is not None)
         return config
 
     for name, function in (
@@ -74,7 +75,8 @@ def _add_flags(parser: Any) -> None:
             "--speculative-model",
             dest="spec_model",
             default=None,
-            help='"sdfp" (plan found by the model\'s fingerprint), a plan folder, or what --spec-model takes.',
+            help='"sdfp" (plan found by the model\'s fingerprint, or beside its files), a plan folder, or what --spec-model '
+            "takes.",
         )
     if "--num-speculative-tokens" not in known:
         group.add_argument(
@@ -92,7 +94,8 @@ def _add_flags(parser: Any) -> None:
 def sdfp_settings(args: Any) -> dict[str, Any] | None:
     """Returns the merged speculative settings if they ask for SDFP, else None.
 
-    SDFP is asked for by method "sdfp", by model "sdfp", or by a model that is a plan folder.
+    SDFP is asked for by method "sdfp", by model "sdfp", by a model that is a plan folder, or by the served model itself
+    where a plan lies beside its files. Another model with a plan beside it stays what it is to vLLM: a draft model.
 
     Raises:
         SdfpError: If a flag and --speculative-config say the same thing twice, or an SDFP model is
@@ -107,6 +110,8 @@ def sdfp_settings(args: Any) -> dict[str, Any] | None:
     merged = {**settings, **{key: value for key, (_, value) in flags.items() if value is not None}}
     method, model = merged.get("method"), merged.get("model")
     ours = model == METHOD or _is_plan(model)
+    if not ours and method is None and isinstance(model, str) and model == getattr(args, "model", None):
+        ours = has_plan_beside(model, PLAN_FILE)
     if method not in (None, METHOD) and ours:
         raise SdfpError(
             f"speculative method {method!r}",

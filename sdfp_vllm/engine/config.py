@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from sdfp_vllm.common.machine import processor
 from sdfp_vllm.engine.drafting import check_batch_table, decide_drafting
 from sdfp_vllm.engine.refusals import refuse_synthetic_on_cpu, refuse_unsupported
 from sdfp_vllm.engine.upstream.symbols import SpeculativeConfig, config, current_platform, init_logger
@@ -36,6 +37,7 @@ SETTINGS = {
     "num_speculative_tokens_per_batch_size",
     "enable_adaptive_verification",
     "enforce_eager",
+    "adapters",
     "adaptive",
     "ngram",
     "precision",
@@ -52,6 +54,8 @@ class SdfpConfig(SpeculativeConfig):
     """The `PlanParcel`: the plan, its bridges and the tokens of its head. No worker opens a path."""
     drafting: Any = None
     """The `Drafting`: how many tokens are drafted, and who decides that."""
+    own_adapters: bool = True
+    """Whether drafts run the LoRA adapter of their request."""
 
     def __post_init__(self) -> None:
         # Upstream's own resolves a second model's config; here the draft is the target.
@@ -131,7 +135,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
     # A model that drafts with itself has a full distribution to sample from, and sampling from it
     # is accepted more often than its argmax; greedy requests are not affected.
     passed = {"draft_sample_method": "probabilistic", **settings}
-    for ours in ("adaptive", "ngram", "precision", "window"):
+    for ours in ("adapters", "adaptive", "ngram", "precision", "window"):
         passed.pop(ours, None)
     passed.update(
         method="sdfp",
@@ -143,6 +147,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
         return SdfpConfig(
             parcel=parcel,
             drafting=drafting,
+            own_adapters=own_adapters(settings.get("adapters", "auto")),
             target_model_config=model_config,
             target_parallel_config=parallel_config,
             **passed,
@@ -158,7 +163,7 @@ def build_config(args: Any, settings: dict[str, Any], model_config: Any, paralle
 
 
 def warn_of_other_conditions(plan: SkipPlan, path: str, model_config: Any) -> None:
-    """Warns where the plan was made for another dtype or another kind of engine, or promises nothing."""
+    """Warns where the plan was made for another dtype, kind of engine or machine, or promises nothing."""
     served = str(model_config.dtype).removeprefix("torch.")
     if plan.costs and plan.costs.dtype != served:
         logger.warning(
@@ -182,6 +187,16 @@ def warn_of_other_conditions(plan: SkipPlan, path: str, model_config: Any) -> No
             plan.model_argument,
             " --eager" if how == "eager" else "",
         )
+    here = processor() if current_platform.is_cpu() else current_platform.get_device_name()
+    if plan.costs and here not in plan.costs.device:
+        logger.warning(
+            "The plan %s was measured on %s, and this is %s: how often drafts are accepted holds here too, what they cost was "
+            "not measured. `sdfp plan --refresh-costs %s` does that in about a minute.",
+            path,
+            plan.costs.device,
+            here,
+            path,
+        )
     if not plan.worthwhile:
         logger.warning(
             "The plan %s promises no gain over plain decoding on the machine that made it (%.2fx). Serving goes on "
@@ -204,6 +219,23 @@ def at_precision(parcel: PlanParcel, asked: Any) -> PlanParcel:
             'Give "planned", or "full" for drafts without rounded copies of weights.',
         )
     return parcel if asked == "planned" else replace(parcel, plan=parcel.plan.at_full_precision())
+
+
+def own_adapters(asked: Any) -> bool:
+    """Whether drafts run the LoRA adapter of their request ("own"), or the base model alone ("base").
+
+    "auto" is "base" on a CPU, where an adapter's part costs a draft step as much as one of the target, and "own" elsewhere.
+
+    Raises:
+        SdfpError: For anything else.
+    """
+    if asked not in ("auto", "own", "base"):
+        raise SdfpError(
+            "speculative_config['adapters']",
+            f"is {asked!r}",
+            'Give "own" for drafts with the adapter of their request, "base" for drafts without, or "auto".',
+        )
+    return asked == "own" or (asked == "auto" and not current_platform.is_cpu())
 
 
 def at_window(parcel: PlanParcel, asked: Any) -> PlanParcel:

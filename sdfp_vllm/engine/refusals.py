@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sdfp_vllm.engine.upstream.releases import check_adapters_release, minor, refuse_missing
 from sdfp_vllm.engine.upstream.symbols import current_platform
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.plan.families import MULTIMODAL
 
 # Load formats that read a model's own weight files, or none.
 _OWN_FILES = {
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer", "bitsandbytes", "dummy",
 }  # fmt: skip
+
+# Drafts of models that take images: on no earlier release was one run.
+_FIRST_WITH_MEDIA = (0, 32)
 
 # (feature, is it asked for?, why not, the way out)
 _Check = tuple[str, Callable[[Any, Any, Any], bool], str, str]
@@ -36,6 +41,13 @@ CHECKS: list[_Check] = [
         "Leave it at 1.",
     ),
     (
+        "--data-parallel-size",
+        lambda args, model, parallel: getattr(parallel, "data_parallel_size", 1) > 1 and bool(getattr(model, "is_moe", False)),
+        "above 1 makes all ranks of a mixture of experts meet in every forward, and a rank without requests runs fewer draft "
+        "steps than one that drafts: they would wait for each other for ever",
+        "Use --tensor-parallel-size, or replicas that share nothing (docs/use/deployments.md).",
+    ),
+    (
         "--kv-transfer-config",
         lambda args, model, parallel: getattr(args, "kv_transfer_config", None) is not None,
         "moves KV blocks between engines, and those of draft positions must not leave this one",
@@ -54,10 +66,12 @@ CHECKS: list[_Check] = [
         "Leave it off.",
     ),
     (
-        "--enable-lora",
-        lambda args, model, parallel: bool(getattr(args, "enable_lora", False)),
-        "maps adapters to verified tokens only, so drafts would use the wrong ones",
-        "Merge the adapter into the weights, or serve without SDFP.",
+        "--enable-tower-connector-lora",
+        lambda args, model, parallel: bool(
+            getattr(args, "enable_lora", False) and getattr(args, "enable_tower_connector_lora", False)
+        ),
+        "puts adapters on the encoder of images, with which drafts were not tried",
+        "Leave it out: adapters of the language model work.",
     ),
     (
         "--load-format",
@@ -119,9 +133,28 @@ CHECKS: list[_Check] = [
     ),
     (
         "model",
-        lambda args, model, parallel: bool(getattr(model, "uses_mrope", False)),
-        "uses M-RoPE positions, which drafting does not advance",
+        lambda args, model, parallel: _takes_media(model) and model.architecture not in MULTIMODAL,
+        "takes images, video or sound, or uses M-RoPE positions, and its family is none of those in "
+        "docs/use/multimodal.md, with which drafts were tried",
         "Serve it without SDFP.",
+    ),
+    (
+        "model",
+        lambda args, model, parallel: _takes_media(model) and minor() < _FIRST_WITH_MEDIA,
+        "takes images, with which drafts were tried since vLLM {}.{} only".format(*_FIRST_WITH_MEDIA),
+        "Install that release, or serve it without SDFP.",
+    ),
+    (
+        "--enable-lora",
+        lambda args, model, parallel: _takes_media(model) and bool(getattr(args, "enable_lora", False)),
+        "was not tried with drafts of a model that takes images",
+        "Merge the adapter into the weights, or serve without SDFP.",
+    ),
+    (
+        "--video-pruning-rate",
+        lambda args, model, parallel: _prunes_media(model),
+        "moves a request's M-RoPE positions after its prompt was read, with which drafts were not tried",
+        "Leave it out.",
     ),
     (
         "model",
@@ -132,11 +165,25 @@ CHECKS: list[_Check] = [
 ]  # fmt: skip
 
 
+def _takes_media(model: Any) -> bool:
+    """Whether a request may bring more than text. `uses_mrope` alone: a text checkpoint that says so all the same."""
+    return bool(getattr(model, "is_multimodal_model", False) or getattr(model, "uses_mrope", False))
+
+
+def _prunes_media(model: Any) -> bool:
+    prunes = getattr(getattr(model, "multimodal_config", None), "is_multimodal_pruning_enabled", None)
+    return prunes is not None and bool(prunes())
+
+
 def refuse_unsupported(args: Any, model_config: Any, parallel_config: Any) -> None:
-    """Raises SdfpError for the first feature in `CHECKS` that is asked for."""
+    """Raises SdfpError for the first feature in `CHECKS` that is asked for, or adapters on an untried release."""
     for where, asked, why, way_out in CHECKS:
         if asked(args, model_config, parallel_config):
             raise SdfpError(where, f"cannot be used with SDFP: it {why}", way_out)
+    if getattr(args, "enable_lora", False):
+        check_adapters_release()
+    if _takes_media(model_config):
+        refuse_missing("media")
 
 
 def refuse_synthetic_on_cpu(settings: Mapping[str, Any]) -> None:

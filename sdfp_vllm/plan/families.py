@@ -57,4 +57,24 @@ FAMILIES: dict[str, Family] = {
     "Starcoder2ForCausalLM": Family("StarCoder2", "forward"),
 }
 
-SUBLAYER_ARCHITECTURES = frozenset(name for name, family in FAMILIES.items() if family.branches)
+# Models that take images as well: a text decoder behind an encoder. Drafts run the decoder, on text alone.
+# `docs/use/multimodal.md` is this table for users.
+MULTIMODAL: dict[str, Family] = {
+    "Qwen2VLForConditionalGeneration": Family("Qwen2-VL", branches=True),
+    "Qwen2_5_VLForConditionalGeneration": Family("Qwen2.5-VL", branches=True),
+    "Qwen3VLForConditionalGeneration": Family("Qwen3-VL", branches=True),
+    "LlavaForConditionalGeneration": Family("LLaVA 1.5", branches=True),
+    "Idefics3ForConditionalGeneration": Family("Idefics3", branches=True),
+    "SmolVLMForConditionalGeneration": Family("SmolVLM", branches=True),
+    "Gemma3ForConditionalGeneration": Family("Gemma 3"),
+    "InternVLForConditionalGeneration": Family("InternVL", branches=True),
+}
+
+SUBLAYER_ARCHITECTURES = frozenset(
+    name for name, family in (FAMILIES | MULTIMODAL).items() if family.branches
+)
+
+
+def family_of(architecture: str) -> Family | None:
+    """What is known of an architecture, of either list; None where it was not tried."""
+    return FAMILIES.get(architecture) or MULTIMODAL.get(architecture)

@@ -9,12 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sdfp_vllm.common.checkpoint import load_config
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.model_files import resolve_model_dir, weight_files
 
 __all__ = ["Fingerprint", "fingerprint", "resolve_model_dir"]
 
 _SAMPLE_BYTES = 64 * 1024
+_SHAPE = ("num_hidden_layers", "hidden_size", "vocab_size")
 # Written by the saving library or changed by the user without changing what the model computes.
 _VOLATILE_KEYS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
 
@@ -55,8 +57,7 @@ def fingerprint(model_dir: str | Path, weights: bool = True) -> Fingerprint:
     """
     model_dir = Path(model_dir)
     config = _read_config(model_dir)
-    # A multimodal checkpoint keeps the decoder's shape in text_config.
-    text = config.get("text_config") or config
+    text = _decoder_config(model_dir, config)
     digest = hashlib.sha256()
     stable = {k: v for k, v in config.items() if k not in _VOLATILE_KEYS}
     digest.update(json.dumps(stable, sort_keys=True).encode())
@@ -102,6 +103,21 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SdfpError(str(path), "is not a JSON object", "Download the model again.")
     return config
+
+
+def _decoder_config(model_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that has the decoder's shape: `text_config` in a multimodal one.
+
+    There a field with its class's default may be left out, as LLaVA 1.5's and Gemma 3's checkpoints do: transformers knows it.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict) or not text:
+        return config
+    absent = [name for name in _SHAPE if name not in text]
+    if not absent:
+        return text
+    known = load_config(model_dir).get_text_config()
+    return text | {name: getattr(known, name) for name in absent if hasattr(known, name)}
 
 
 def _hash_weight_file(file: Path, digest: Any) -> None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from sdfp_vllm.errors import SdfpError
 
+# The folder beside a model's files that may hold its plan.
+BESIDE = "sdfp"
 INDEX = "model.safetensors.index.json"
 # Mistral's own form of weights that are there in the usual one as well.
 _CONSOLIDATED = "consolidated*.safetensors"
 # What a Trainer leaves beside the weights; vLLM passes over the same names.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 # All of a repository that a tokenizer, a config or a model's own code may need.
-_SMALL = ["*.json", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
+_SMALL = ["*.json", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", f"{BESIDE}/*"]
 
 
 def weight_names(names: Iterable[str], folder: Path) -> list[str]:
@@ -116,6 +118,55 @@ def resolve_model_dir(
         ) from (why or e)
     _check_whole(folder, model, weights, why)
     return folder
+
+
+def fetch_plan_files(repository: str, download_dir: str | None, names: Sequence[str]) -> Path:
+    """Fetches plan files `names`, at the top of a Hugging Face repository or in its folder BESIDE; where they lie.
+
+    Args:
+        names: The plan's own file first.
+
+    Raises:
+        SdfpError: If the repository has none, or cannot be reached and is not in the cache.
+    """
+    from huggingface_hub import HfApi
+
+    patterns = [f"{folder}{name}" for name in names for folder in ("", f"{BESIDE}/")]
+    why: Exception | None = None
+    try:
+        HfApi().model_info(repository)  # raises at once where the hub cannot be asked
+        snapshot = _snapshot(repository, None, download_dir, patterns)
+    except Exception as e:  # of the network, the hub, the disk: what is in the cache may do all the same
+        why = e
+        try:
+            snapshot = _snapshot(repository, None, download_dir, patterns, local_files_only=True)
+        except Exception:
+            raise SdfpError(
+                f"plan {repository!r}",
+                f"is neither a folder nor a Hugging Face repository that can be fetched ({_told(e)})",
+                "Give a folder with plan.json, or the id of a repository that has one, at its top or in sdfp/.",
+            ) from e
+    for folder in (snapshot, snapshot / BESIDE):
+        if (folder / names[0]).is_file():
+            return folder
+    raise SdfpError(
+        f"plan {repository!r}",
+        "is a Hugging Face repository without plan.json, at its top or in sdfp/",
+        "Make a plan with `sdfp plan MODEL -o sdfp`, and upload that folder.",
+    ) from why
+
+
+def has_plan_beside(model: str, plan_file: str) -> bool:
+    """Whether `model`, a folder or a Hugging Face id, has a plan beside its files; False where the hub cannot be asked."""
+    if os.path.isdir(model):
+        return (Path(model) / BESIDE / plan_file).is_file()
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    name = f"{BESIDE}/{plan_file}"
+    try:
+        return isinstance(try_to_load_from_cache(model, name), str) or HfApi().file_exists(model, name)
+    except Exception:  # of the network, the hub, or a name that is no id
+        return False
 
 
 def asked_revision(revision: str | None) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from sdfp_vllm.common.json_file import read_plan, write_atomically, write_plan
 from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
-from sdfp_vllm.plan.model_files import asked_revision
+from sdfp_vllm.plan.model_files import BESIDE, asked_revision, fetch_plan_files
 from sdfp_vllm.plan.parcel import BRIDGE_FILE, HEAD_FILE, PLAN_FILE, PlanParcel
 from sdfp_vllm.plan.schema import SCHEMA_VERSION, SkipPlan
 
@@ -114,23 +114,40 @@ def find_plan(
     revision: str | None = None,
     download_dir: str | None = None,
 ) -> PlanParcel:
-    """Loads the plan at `plan`, or the default one of the model's fingerprint.
+    """Loads the plan at `plan`; without it the one that `sdfp plan` wrote here, else the one beside the model's files.
 
     Args:
+        plan: A folder with plan.json, one with such a folder `sdfp` in it (as a model's own), or the id of a
+            Hugging Face repository like either.
         revision, download_dir: Where the engine finds the files of a `model` that is an id (`resolve_model_dir`).
 
     Raises:
         SdfpError: If there is no such model, or no plan (PlanError), or it is damaged or made for another model.
     """
-    target = fingerprint(resolve_model_dir(model, revision, download_dir))
-    folder = default_plan_dir(target) if plan is None else Path(plan)
-    if plan is None and not (folder / PLAN_FILE).is_file():
-        raise PlanError(
-            f"model {model!r}",
-            f"has no plan yet (looked for {folder})",
-            f"Make one with `{plan_command(model, model, revision, download_dir)}`, or name a plan folder.",
-        )
+    model_dir = resolve_model_dir(model, revision, download_dir)
+    target = fingerprint(model_dir)
+    beside = model_dir / BESIDE
+    if plan is not None:
+        folder = beside if str(plan) == model else _named(Path(plan), download_dir)
+    else:
+        folder = default_plan_dir(target)
+        if not (folder / PLAN_FILE).is_file():
+            if not (beside / PLAN_FILE).is_file():
+                raise PlanError(
+                    f"model {model!r}",
+                    f"has no plan yet (looked for {folder} and {beside})",
+                    f"Make one with `{plan_command(model, model, revision, download_dir)}`, or name a plan folder.",
+                )
+            folder = beside
     return load_parcel(folder, target, plan_command(model, "MODEL", revision, download_dir))
+
+
+def _named(plan: Path, download_dir: str | None) -> Path:
+    """The folder of the plan that a user named."""
+    if plan.exists() or plan.is_absolute() or len(plan.parts) != 2:
+        inside = plan / BESIDE
+        return inside if not (plan / PLAN_FILE).is_file() and (inside / PLAN_FILE).is_file() else plan
+    return fetch_plan_files(str(plan), download_dir, (PLAN_FILE, BRIDGE_FILE, HEAD_FILE))
 
 
 def plan_command(model: str, name: str, revision: str | None, download_dir: str | None) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from sdfp_vllm.common.checkpoint import load_config, refused
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.plan.families import FAMILIES
+from sdfp_vllm.plan.families import family_of
+from sdfp_vllm.planner.decoder import auto_class, decoder_of, is_multimodal
 from sdfp_vllm.planner.options import PlanOptions
 from sdfp_vllm.planner.stack import DecoderStack
 
@@ -37,7 +37,7 @@ def admit(model_dir: Path, options: PlanOptions) -> None:
     try:
         config = load_config(model_dir, options.trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=options.trust_remote_code)
     except SdfpError:
         raise
     except Exception as e:  # every model class has its own exceptions
@@ -46,9 +46,15 @@ def admit(model_dir: Path, options: PlanOptions) -> None:
             f"is no causal LM that transformers can build ({type(e).__name__}: {e})",
             "Give a folder with the config.json of a decoder-only language model.",
         ) from e
-    DecoderStack(model)
+    DecoderStack(decoder_of(model))
     architecture = (read.get("architectures") or [type(model).__name__])[0]
-    family = FAMILIES.get(architecture)
+    family = family_of(architecture)
+    if family is None and is_multimodal(config):
+        raise SdfpError(
+            f"model architecture {architecture}",
+            "takes more than text, and drafts were not tried with its family: no engine drafts for it",
+            "Use a model of a family in docs/use/multimodal.md, or serve it without SDFP.",
+        )
     if family is None and not options.anyway:
         raise SdfpError(
             f"model architecture {architecture}",

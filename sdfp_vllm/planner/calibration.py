@@ -361,7 +361,10 @@ def _message(message: Any, where: str) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise SdfpError(f"{where}.role", f"{role!r} is not known", f"Use one of {', '.join(sorted(_ROLES))}.")
-    return {"role": role, "content": _content(message.get("content"), f"{where}.content")}
+    content, where = message.get("content"), f"{where}.content"
+    if isinstance(content, list) and content:  # parts, as in OpenAI's API
+        content = "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+    return {"role": role, "content": _content(content, where)}
 
 
 def _content(value: Any, where: str) -> str:
@@ -370,6 +373,17 @@ def _content(value: Any, where: str) -> str:
     if not value.strip():
         raise SdfpError(where, "is empty", "Give it some text, or remove the line.")
     return value
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise SdfpError(
+            where,
+            f"is a part of type {kind!r}, and a plan is made of text: images lie in the KV cache when drafts are made",
+            "Leave the part out, or the line.",
+        )
+    return _content(part.get("text"), f"{where}.text")
 
 
 def _dataset(source: str, field: str) -> _Source:

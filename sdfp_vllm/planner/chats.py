@@ -236,7 +236,8 @@ def _of_user(text: str) -> list[dict[str, str]]:
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str) -> str:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        given: list[Any] = _in_parts(messages) if _wants_parts(tokenizer) else list(messages)
+        return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
     except Exception as e:  # a template is a program, and raises what it likes
         reason = " ".join(str(e).split()) or "no reason given"
         raise SdfpError(
@@ -244,6 +245,26 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str)
             f"the model's chat template refuses it ({type(e).__name__}: {reason})",
             "Give chats that the template takes, or mend it.",
         ) from e
+
+
+def _in_parts(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """The same messages as multimodal templates may want them: a content is a list of parts, here of one text."""
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def _wants_parts(tokenizer: Any) -> bool:
+    """Whether a template shows a text in parts and no plain one, as vLLM finds out for its server by reading it."""
+    plain: list[Any] = _of_user(_SENTINEL)
+
+    def shows(messages: list[Any]) -> bool:
+        try:
+            return _SENTINEL in tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # a template is a program, and raises what it likes
+            return False
+
+    return not shows(plain) and shows(_in_parts(plain))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

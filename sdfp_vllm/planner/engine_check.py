@@ -18,11 +18,13 @@ from sdfp_vllm.measure.engines import run_engine
 from sdfp_vllm.measure.memory import run_as_memory_allows
 from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn, one_by_one
 from sdfp_vllm.plan.costs import Costs
+from sdfp_vllm.plan.families import MULTIMODAL
 from sdfp_vllm.plan.fingerprint import Fingerprint
-from sdfp_vllm.plan.keep import KeepSet
+from sdfp_vllm.plan.keep import Branch, KeepSet
 from sdfp_vllm.plan.schema import DraftHead, Prediction, Provenance, SkipPlan, Speeds, StoredView
 from sdfp_vllm.plan.store import save_plan
 from sdfp_vllm.plan.view import DraftView
+from sdfp_vllm.planner.options import PlanOptions
 from sdfp_vllm.planner.prospects import whole_at_lowest
 from sdfp_vllm.planner.search import WORTHWHILE
 from sdfp_vllm.planner.work import Work
@@ -38,7 +40,13 @@ def engine_is_here() -> bool:
     return find_spec("vllm") is not None
 
 
-def overheads_of(work: Work, costs: Costs, can_round: Mapping[str, bool]) -> Costs:
+def overheads_of(
+    model_dir: Path,
+    identity: Fingerprint,
+    options: PlanOptions,
+    costs: Costs,
+    can_round: Mapping[Branch, bool],
+) -> Costs:
     """`costs` with what an engine adds to each layer, in the target's step and in a draft step.
 
     Measured on an engine with a few layers of the model's shape and random weights, that drafts with all of them at
@@ -48,7 +56,6 @@ def overheads_of(work: Work, costs: Costs, can_round: Mapping[str, bool]) -> Cos
     """
     if not engine_is_here() or torch.cuda.is_available():
         return costs
-    identity, options = work.identity, work.options
     layers = min(costs.num_layers, _PROBED_LAYERS)
     lowest, whole = whole_at_lowest(costs).precision(0, "attention"), KeepSet.of(range(layers))
     view = DraftView.at(whole, {unit: lowest for unit in whole.units() if can_round[unit[0]]})
@@ -57,16 +64,16 @@ def overheads_of(work: Work, costs: Costs, can_round: Mapping[str, bool]) -> Cos
     with tempfile.TemporaryDirectory(prefix="sdfp-probe-") as folder:
         save_plan(_plan_by_hand(identity, StoredView.of(view, identity.num_layers, head=head)), folder)
         probe = EngineSpec(
-            model=str(work.model_dir),
+            model=str(model_dir),
             turns=[Turn(prompts=[prompt], max_tokens=_PROBE_TOKENS)] * _PROBES,
             warm_up=prompt,
             speculative={"method": "sdfp", "model": folder, "num_speculative_tokens": _PROBE_DRAFTS},
             ignore_eos=True,
             dtype=costs.dtype,
             engine={
-                **engine_settings(len(prompt) + _PROBE_TOKENS, options.eager, options.trust_remote_code),
+                **engine_settings(identity, len(prompt) + _PROBE_TOKENS, options),
                 "load_format": "dummy",
-                "hf_overrides": {"num_hidden_layers": layers},
+                "hf_overrides": of_layers(model_dir, layers),
             },
             environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
         )
@@ -91,6 +98,13 @@ def overheads_of(work: Work, costs: Costs, can_round: Mapping[str, bool]) -> Cos
             "engine": "eager" if options.eager else "compiled",
         }
     )
+
+
+def of_layers(model_dir: Path, layers: int) -> dict[str, object]:
+    """What overrides a checkpoint's config for a decoder of fewer layers; a multimodal one has them in `text_config`."""
+    own: dict[str, object] = {"num_hidden_layers": layers}
+    config = json.loads((model_dir / "config.json").read_text())
+    return {"text_config": own} if isinstance(config.get("text_config"), dict) else own
 
 
 def _plan_by_hand(identity: Fingerprint, view: StoredView) -> SkipPlan:
@@ -131,7 +145,7 @@ def with_check(work: Work, plan: SkipPlan, prompts: list[list[int]]) -> SkipPlan
     options = work.options
     dtype, stored = plan.costs.dtype, stored_dtype(work.model_dir)
     turns = one_by_one(prompts, _NEW_TOKENS)
-    settings = engine_settings(max(map(len, prompts)) + _NEW_TOKENS, options.eager, options.trust_remote_code)
+    settings = engine_settings(work.identity, max(map(len, prompts)) + _NEW_TOKENS, options)
 
     def spec(speculative: dict[str, str] | None, kind: str, own: list[Turn]) -> EngineSpec:
         return EngineSpec(
@@ -179,13 +193,15 @@ def with_check(work: Work, plan: SkipPlan, prompts: list[list[int]]) -> SkipPlan
     return plan.model_copy(update={"check": speeds, "worthwhile": worthwhile})
 
 
-def engine_settings(positions: int, eager: bool, trust_remote_code: bool) -> dict[str, object]:
-    """Arguments of an engine for one request of `positions` tokens."""
+def engine_settings(identity: Fingerprint, positions: int, options: PlanOptions) -> dict[str, object]:
+    """Arguments of an engine for one request of `positions` tokens of text."""
     settings: dict[str, object] = {
         "max_model_len": positions + 32,
-        "enforce_eager": eager,
-        "trust_remote_code": trust_remote_code,
+        "enforce_eager": options.eager,
+        "trust_remote_code": options.trust_remote_code,
     }
+    if identity.architecture in MULTIMODAL:
+        settings["language_model_only"] = True  # loads no encoder, and tries none with its largest image
     if torch.cuda.is_available():  # this process keeps some of the GPU
         free, total = torch.cuda.mem_get_info()
         settings["gpu_memory_utilization"] = round(0.9 * free / total, 2)
@@ -195,5 +211,5 @@ def engine_settings(positions: int, eager: bool, trust_remote_code: bool) -> dic
 def stored_dtype(model_dir: Path) -> str:
     """The checkpoint's own dtype, which vLLM serves by default."""
     config = json.loads((model_dir / "config.json").read_text())
-    config = config.get("text_config", config)
+    config = config | (config.get("text_config") or {})
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")

@@ -127,7 +127,8 @@ def _costs(work: Work, stack: DecoderStack) -> Costs:
         refuse_hopeless(stack, costs)
     if options.run_check:
         with work.bar.step("What the engine adds", 1):
-            costs = overheads_of(work, costs, {b: stack.can_round(b) for b in BRANCHES})
+            can_round = {b: stack.can_round(b) for b in BRANCHES}
+            costs = overheads_of(work.model_dir, work.identity, options, costs, can_round)
     return costs
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sdfp_vllm.common.checkpoint import refused
+from sdfp_vllm.common.checkpoint import load_config, refused
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.families import SUBLAYER_ARCHITECTURES
 from sdfp_vllm.plan.keep import Branch, KeepSet
 from sdfp_vllm.plan.view import Precision
+from sdfp_vllm.planner.decoder import architecture_of, auto_class, decoder_of
 from sdfp_vllm.planner.rounded import rounded_copy
 
 # Children of a layer -> the residual branch each belongs to. A norm belongs to the branch it
@@ -74,7 +75,7 @@ class DecoderStack:
     """A causal LM seen as embed -> layers -> norm -> head. Holds the model's own modules, no copies.
 
     Attributes:
-        model: The model as loaded.
+        model: The model as loaded, or the text decoder of a multimodal one (`planner/decoder.py`).
         config: Its text configuration.
         layers: The decoder layers, in order.
         embed, norm, head: Token embedding (with Gemma's scaling), final norm, LM head.
@@ -136,7 +137,7 @@ class DecoderStack:
     @property
     def has_sublayers(self) -> bool:
         """Whether the engine can run one branch of a layer without the other."""
-        return type(self.model).__name__ in SUBLAYER_ARCHITECTURES
+        return architecture_of(self.model) in SUBLAYER_ARCHITECTURES
 
     def can_round(self, branch: Branch) -> bool:
         """Whether a branch's weights are linears in every layer, which have rounded copies; experts have none."""
@@ -244,7 +245,7 @@ class DecoderStack:
 
     def _unsupported(self, why: str) -> SdfpError:
         return SdfpError(
-            f"model architecture {type(self.model).__name__}",
+            f"model architecture {architecture_of(self.model)}",
             f"not a uniform stack of attention + MLP decoder layers ({why})",
             "Use a causal LM of a family in docs/use/compatibility.md.",
         )
@@ -262,7 +263,7 @@ def load_target(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal LM from a local folder, in eval mode.
+    """Loads a causal LM from a local folder, in eval mode; of a multimodal model, its text decoder.
 
     Args:
         dtype: None keeps the checkpoint's.
@@ -274,7 +275,7 @@ def load_target(
     """
     # from_pretrained would fill missing weights with random numbers and only warn.
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(load_config(model_dir, trust_remote_code)).from_pretrained(
             str(model_dir),
             dtype=dtype or "auto",
             device_map="auto" if device == "auto" else None,
@@ -282,13 +283,16 @@ def load_target(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
+    except SdfpError:
+        raise
     except Exception as e:  # every library below has its own exceptions
         raise refused(model_dir, e) or SdfpError(
             f"model {model_dir}",
             f"cannot be loaded as a causal LM ({type(e).__name__}: {e})",
             "Give a folder with config.json and undamaged weight files of a decoder-only language model.",
         ) from e
-    model, info = loaded
+    whole, info = loaded
+    model = decoder_of(whole)
     # Mismatched shapes come as (name, shape, shape) tuples in some releases, as names in others.
     absent = sorted(str(k) for field in ("missing_keys", "mismatched_keys") for k in info.get(field) or ())
     if absent:

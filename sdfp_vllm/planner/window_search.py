@@ -63,7 +63,7 @@ def with_window(work: Work, plan: SkipPlan, texts: list[list[int]]) -> SkipPlan:
                 },
                 dtype=plan.costs.dtype,
                 ignore_eos=True,
-                engine=engine_settings(contexts[-1], options.eager, options.trust_remote_code)
+                engine=engine_settings(work.identity, contexts[-1], options)
                 | {"max_model_len": contexts[-1], "enable_prefix_caching": True},
                 environment={
                     "VLLM_CPU_KVCACHE_SPACE": str(kv_gigabytes(model_dir, plan.costs.dtype, contexts[-1]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sdfp_vllm.engine.v1 import pacer as pacer_module
+from sdfp_vllm.plan.window import DraftWindow
 from tests.support.engines import (
     assert_identical,
     engine,
@@ -81,6 +82,30 @@ def test_the_context_is_the_text_so_far(llm, prompts, monkeypatch):
         assert any(context[: len(text)] == text[: len(context)] for text in texts)
     for prompt in chosen:  # from the first sampled token on
         assert any(len(context) == len(prompt) + 1 for context in seen)
+
+
+def test_costs_know_how_long_contexts_are_and_what_a_window_leaves(llm, prompts, monkeypatch):
+    drafter = runner(llm).drafter
+    asked: list[tuple[int, float, float]] = []
+    begin = drafter.pacer.policy.begin
+
+    def remember(rows, context, seen):
+        asked.append((len(rows), context, seen))
+        return begin(rows, context, seen)
+
+    monkeypatch.setattr(drafter.pacer.policy, "begin", remember)
+    long, short = (next(p for p in prompts if lo < len(p) < hi) for lo, hi in ((60, 128), (8, 40)))
+    (answer,) = tokens(llm, [long], max_tokens=8)[0]
+    # After the prompt and its first token, and so on to the last round that drafts.
+    lengths = [context for _, context, _ in asked]
+    assert lengths[0] == len(long) + 1 and lengths == sorted(lengths)
+    assert lengths[-1] <= len(long) + len(answer)
+    assert all(seen == context for _, context, seen in asked)
+    asked.clear()
+    monkeypatch.setattr(drafter, "window", DraftWindow(sinks=4, last=30))
+    tokens(llm, [long, short], max_tokens=4)
+    both = [(context, seen) for count, context, seen in asked if count == 2]
+    assert both and both[0] == ((len(long) + len(short) + 2) / 2, (34 + min(len(short) + 1, 34)) / 2)
 
 
 def test_a_request_with_a_seed_gets_the_plans_fixed_length(llm, prompts):

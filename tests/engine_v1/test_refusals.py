@@ -95,7 +95,7 @@ def test_the_same_command_without_a_mistake_is_taken(model, its_plan):
             "without a KV connector",
         ),
         (["--kv-offloading-size", "1"], "--kv-offloading-size", "Leave it out"),
-        (["--enable-lora"], "--enable-lora", "Merge the adapter"),
+        (["--enable-lora", "--enable-tower-connector-lora"], "--enable-tower-connector-lora", "Leave it out"),
         (["--enable-return-routed-experts"], "--enable-return-routed-experts", "Leave it off"),
         (["--offload-group-size", "2"], "--offload-group-size", "--cpu-offload-gb"),
         (["--offload-backend", "prefetch"], "--offload-group-size", "--cpu-offload-gb"),
@@ -129,6 +129,30 @@ def test_feature_that_the_cpu_platform_refuses_by_itself(asked, flag):
     assert caught.value.where == flag
 
 
+@pytest.mark.parametrize(
+    ("experts", "ranks", "is_refused"), [(True, 2, True), (True, 1, False), (False, 2, False)]
+)
+def test_ranks_of_experts_that_would_wait_for_each_other(experts, ranks, is_refused):
+    """vLLM's communicator on a CPU cannot run experts over ranks, so the check is asked directly.
+
+    An idle rank's dummy batch runs one draft forward (`_dummy_run` -> `drafter.dummy_run`), a busy one's as many as it
+    drafts; in each, experts of all ranks exchange their rows.
+    """
+    from types import SimpleNamespace
+
+    from sdfp_vllm.engine.refusals import refuse_unsupported
+
+    asked = (
+        SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=ranks),
+        SimpleNamespace(is_moe=experts),
+    )
+    if not is_refused:
+        refuse_unsupported(SimpleNamespace(), *reversed(asked))
+        return
+    with pytest.raises(SdfpError, match=r"--data-parallel-size: .*Use --tensor-parallel-size"):
+        refuse_unsupported(SimpleNamespace(), *reversed(asked))
+
+
 def test_watermarks_are_refused_by_vllm(model, its_plan):
     with pytest.raises(ValueError, match="only autoregressive model-based"):
         configure(model, "--speculative-model", its_plan, "--watermark-config", '{"key": 1}')
@@ -152,7 +176,7 @@ def test_logits_processors_are_refused_by_vllm(target, plan):
         (dict(is_encoder_decoder=True), "is an encoder-decoder model"),
         (
             dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
-            "uses M-RoPE positions",
+            "or uses M-RoPE positions",
         ),
         (
             dict(
@@ -372,7 +396,7 @@ def test_plan_with_a_precision_that_has_no_kernel_here(model, tmp_path):
     [
         ({"method": "sdfp"}, {}, r"has no plan yet .*`sdfp plan "),
         ({"method": "sdfp", "num_speculative_tokens": 0}, {}, "num_speculative_tokens: must be"),
-        ({"method": "sdfp"}, {"enable_lora": True}, "--enable-lora: cannot be used with SDFP"),
+        ({"method": "sdfp"}, {"kv_offloading_size": 1}, "--kv-offloading-size: cannot be used with SDFP"),
     ],
 )
 def test_llm_raises_it_as_it_is(model, its_plan, speculative, settings, says):

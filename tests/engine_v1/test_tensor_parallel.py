@@ -8,6 +8,7 @@ import pytest
 
 from sdfp_vllm.plan.schema import DraftHead, StoredView
 from sdfp_vllm.plan.view import DraftView
+from tests.support.adapters import adapted_tokens, adapter, plain_answers, write_adapter
 from tests.support.engines import assert_identical, engine, spec_counters, tokens, write_plan
 from tests.support.restricted_plans import write_restricted_plan
 
@@ -54,6 +55,22 @@ def test_same_tokens_with_a_restricted_head(target, kept, prompts, tmp_path):
         sum(g == w for g, w in zip(got, want, strict=True)) >= 15
     )  # two ranks may round a tie the other way
     assert accepted[1] == pytest.approx(accepted[0], rel=0.05)
+
+
+def test_same_tokens_with_adapters_and_a_restricted_head(target, prompts, tmp_path):
+    """The head's adapter is sliced by neither rank: each adds it to the logits that both gathered."""
+    some, lora = prompts[:9], dict(enable_lora=True, max_loras=2, max_lora_rank=8)
+    first = write_adapter(target, tmp_path / "first", seed=1)
+    second = write_adapter(target, tmp_path / "second", seed=2, head=0.5, embedding=0.3)
+    mixed = [None, adapter("first", 1, first), adapter("second", 2, second)]
+    with engine(target, **lora, **SETTINGS) as llm:
+        want = plain_answers(llm, some, mixed)
+    known = sorted({t for answer in want for t in answer})
+    plan = write_restricted_plan(target, tmp_path / "plan", range(16), 3, known)
+    with engine(target, {"method": "sdfp", "model": plan}, **lora, **SETTINGS) as llm:
+        assert_identical(adapted_tokens(llm, some, mixed), want)
+        counters = spec_counters(llm)
+    assert counters["num_accepted_tokens"] > 0.97 * counters["num_draft_tokens"] > 50
 
 
 def test_same_tokens_on_rounded_shards(target, prompts, tmp_path):

@@ -24,6 +24,10 @@ try:
     print("top_k", "MENDED")
 except RuntimeError:
     print("top_k", "BROKEN")
+from vllm.lora.ops.torch_ops import lora_ops
+out = torch.zeros(1, 2)
+lora_ops.bgmv_shrink(torch.ones(1, 3), torch.ones(2, 1, 2, 3), out, torch.tensor([-1]), 1.0)
+print("no adapter", "BROKEN" if out.any() else "MENDED")
 """
 
 
@@ -42,6 +46,29 @@ def test_cpu_expand_kernel_still_drops_its_result(upstream):
 def test_cpu_top_k_still_raises_on_a_step_without_drafts(upstream):
     """When this fails: drop `patches.mend_cpu_top_k_of_no_rows` for the versions that work."""
     assert "top_k BROKEN" in upstream, upstream
+
+
+def test_cpu_lora_kernels_still_run_an_adapter_for_rows_without_one(upstream):
+    """When this fails: drop `draft/adapter_rows.py`."""
+    assert "no adapter BROKEN" in upstream, upstream
+
+
+def test_rows_without_an_adapter_get_nothing():
+    from sdfp_vllm.engine.draft.adapter_rows import mend_cpu_rows_without_adapter
+
+    mend_cpu_rows_without_adapter()
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    index, weights = torch.tensor([-1, 0, 1]), torch.stack([torch.ones(1, 2, 3), 2 * torch.ones(1, 2, 3)])
+    for module in (lora_ops, punica_cpu):
+        out = torch.zeros(3, 2)
+        module.bgmv_shrink(torch.ones(3, 3), weights, out, index, 1.0)
+        assert out[:, 0].tolist() == [0, 3, 6]
+        module.bgmv_expand(torch.ones(3, 3), weights, out, index, add_inputs=True)
+        assert out[:, 0].tolist() == [0, 6, 12]
+        module.bgmv_expand_slice(torch.ones(3, 3), weights, out, index, 0, 2, add_inputs=True)
+        assert out[:, 1].tolist() == [0, 9, 18]
 
 
 def test_the_mends_work():

@@ -25,3 +25,4 @@ def test_another_v2_runner_is_refused_with_the_way_to_v1(monkeypatch, target, pl
 def test_the_table_is_right_for_the_installed_runner():
     releases.refuse_missing.cache_clear()
     releases.refuse_missing("v2")
+    releases.refuse_missing("adapters_v2")

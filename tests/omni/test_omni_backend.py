@@ -21,7 +21,7 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from sdfp_vllm.dipgo import apply_dipgo, omni
-from sdfp_vllm.dipgo.layout import layout_of
+from sdfp_vllm.dipgo.families import layout_of
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 from sdfp_vllm.errors import PlanError, SdfpError
 from tests.support.tiny_pipelines import STEPS, tiny_sampler

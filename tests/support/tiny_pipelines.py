@@ -14,10 +14,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from sdfp_vllm.dipgo.layout import denoisers_of
 from sdfp_vllm.dipgo.sampling import Conditions, Sampler
+from tests.support.tiny_families import FAMILIES
 from tests.toy.digits.identity_vae import IdentityVae
 
 KINDS = ("dit", "pixart", "sd", "sdxl")
+ALL_KINDS = (*KINDS, *FAMILIES)
 STEPS = 5
 _UNET = {
     "sample_size": 16,
@@ -38,8 +41,17 @@ def scheduler(kind=DDIMScheduler, **settings):
 
 
 def tiny_sampler(kind: str, steps: int = STEPS, schedule=None, guidance: float = 3.0) -> Sampler:
-    """A pipeline of this kind on random weights, and what to call it with."""
+    """A pipeline of this kind on random weights, and what to call it with.
+
+    Args:
+        schedule: In place of DDIM, or of a family's own.
+    """
     torch.manual_seed(7)
+    if kind in FAMILIES:
+        pipe, conditions, further = FAMILIES[kind]()
+        if schedule is not None:
+            pipe.scheduler = schedule
+        return _sampler(pipe, conditions, steps, guidance, further)
     parts = {"vae": IdentityVae(), "scheduler": schedule or scheduler()}
     nothing = dict.fromkeys(("text_encoder", "tokenizer"))
     further = {}
@@ -89,12 +101,16 @@ def tiny_sampler(kind: str, steps: int = STEPS, schedule=None, guidance: float =
             "prompt_embeds": torch.randn(3, 4, 12), "negative_prompt_embeds": torch.randn(3, 4, 12),
             "pooled_prompt_embeds": torch.randn(3, 10), "negative_pooled_prompt_embeds": torch.randn(3, 10),
         }  # fmt: skip
+    return _sampler(pipe, conditions, steps, guidance, further)
+
+
+def _sampler(pipe, conditions, steps, guidance, further) -> Sampler:
     # Random weights start blocks as near-identities; larger ones make every block matter.
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
     with torch.no_grad():
-        for p in denoiser.parameters():
-            if p.dim() >= 2:
-                p.mul_(1.5)
-            else:
-                p.add_(0.1 * torch.randn_like(p))
+        for denoiser in denoisers_of(pipe).values():
+            for p in denoiser.parameters():
+                if p.dim() >= 2:
+                    p.mul_(1.5)
+                else:
+                    p.add_(0.1 * torch.randn_like(p))
     return Sampler(pipe, Conditions(conditions), steps, guidance, **further)

@@ -67,25 +67,29 @@ ENGINE_ARGS = {
     "works: tests/engine_v1/test_sampling.py": "seed skip_tokenizer_init",
     "works: tests/engine_v1/test_quantised.py": "kv_cache_dtype",
     "works: tests/engine_v1/test_tensor_parallel.py": "tensor_parallel_size",
+    "works: tests/engine_v1/test_lora.py": "enable_lora max_loras max_lora_rank",
+    "works: tests/engine_v1/test_lora_families.py": "max_cpu_loras",
     "works: tests/engine_v1/test_model_sources.py": "revision download_dir load_format",
     "works: tests/unit/engine/test_arguments.py": "spec_method spec_model spec_tokens",
     "works: tests/e2e/test_serve.py": "served_model_name",
     "works: tests/engine_v2/test_graphs.py": "compilation_config cudagraph_capture_sizes max_cudagraph_capture_size",
     "refused: by SDFP at start-up": """
         pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size kv_transfer_config
-        kv_offloading_size enable_eplb enable_lora enable_return_routed_experts aux_output_config offload_group_size
-        offload_backend enable_dbo ubatch_size runner model_weights hf_config_path
+        kv_offloading_size enable_eplb enable_return_routed_experts aux_output_config offload_group_size
+        offload_backend enable_dbo ubatch_size runner model_weights hf_config_path enable_tower_connector_lora
     """,
     "refused: by vLLM at start-up, with SDFP or with any speculative method": """
         logits_processors watermark_config
     """,
     "refused: elastic expert parallelism needs --enable-eplb": "enable_elastic_ep elastic_ep_max_dp_size",
     "irrelevant: of a feature that is refused": """
-        max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras lora_dtype lora_target_modules
-        enable_tower_connector_lora specialize_active_lora enable_mixed_moe_lora_format enable_moe_shared_loras
         max_lora_cls_labels eplb_config kv_offloading_backend dcp_comm_backend dcp_q_replicate
         dcp_kv_cache_interleave_size cp_kv_cache_interleave_size offload_num_in_group offload_prefetch_step
         offload_params dbo_decode_token_threshold dbo_prefill_token_threshold convert pooler_config diffusion_config
+    """,
+    "irrelevant: how an adapter is kept and multiplied; drafts run the target's layers with it": """
+        default_mm_loras fully_sharded_loras lora_dtype lora_target_modules specialize_active_lora
+        enable_mixed_moe_lora_format enable_moe_shared_loras
     """,
     "irrelevant: of models that are refused (mamba, linear attention, encoder-decoder, K/V of another layer)": """
         mamba_config mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size mamba_cache_mode mamba_backend

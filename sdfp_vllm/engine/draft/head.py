@@ -8,12 +8,14 @@ whole is checked on a row of hidden states at load.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sdfp_vllm.engine.draft.adapters import over_rows, padded_rows, without_adapters
 from sdfp_vllm.engine.draft.rounded_linear import RoundedLinear
 from sdfp_vllm.engine.draft.rounded_weights import ROWS
 from sdfp_vllm.engine.draft.twins import RoundedMethod
@@ -45,7 +47,7 @@ def padded(compute: Head, rows: Sequence[int]) -> Head:
 
     def run(hidden: Tensor) -> Tensor:
         count = len(hidden)
-        spare = rows[count - 1] - count if 0 < count <= len(rows) else 0
+        spare = padded_rows(count, rows) - count
         return compute(nn.functional.pad(hidden, (0, 0, 0, spare)))[:count] if spare else compute(hidden)
 
     return run
@@ -155,10 +157,11 @@ def draft_head(target: Any, tokens: Tensor | None, precision: Precision = "full"
     """
     if tokens is None and precision == "full":
         return None
-    model = target.get_language_model() if hasattr(target, "get_language_model") else target
+    # A multimodal model has its head inside its language model, or beside it.
+    inner = target.get_language_model() if hasattr(target, "get_language_model") else target
     reason = "its head was not found at " + " or ".join(".".join(place) for place in _PLACES)
-    for place in _PLACES:
-        head = _at(model, place)
+    for model, place in itertools.product(dict.fromkeys((inner, target)), _PLACES):
+        head = without_adapters(_at(model, place))
         if getattr(head, "weight", None) is None:
             continue
         if not isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
@@ -174,6 +177,9 @@ def draft_head(target: Any, tokens: Tensor | None, precision: Precision = "full"
                 break
         own = _Rows(head, rows, precision)
         twin = _with(model, place, own)
+        if tokens is not None and "logits_processor" in model._modules:
+            processor = over_rows(model.logits_processor, _tokens_of(columns, tokens, gathered))
+            twin = _with(twin, ("logits_processor",), processor)
         row = torch.randn(1, head.weight.shape[1], dtype=_dtype(model), device=head.weight.device)
         whole, part = target.compute_logits(row), twin.compute_logits(row)
         if part.shape[1] != (gathered if tokens is not None else whole.shape[1]):
@@ -221,6 +227,11 @@ def _at(model: nn.Module, place: tuple[str, ...]) -> Any:
     for name in place:
         model = getattr(model, name, None)  # type: ignore[assignment]
     return model
+
+
+def _tokens_of(columns: Tensor | None, tokens: Tensor, count: int) -> Tensor:
+    """Which token each of the `count` gathered logits is of, int64 [count]; some ranks repeat a row, which is no one's."""
+    return tokens if columns is None else tokens.new_zeros(count).index_copy_(0, columns, tokens)
 
 
 def _with(model: nn.Module, place: tuple[str, ...], module: nn.Module) -> Any:

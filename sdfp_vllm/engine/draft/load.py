@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from sdfp_vllm.engine.draft.adapter_rows import mend_cpu_rows_without_adapter
+from sdfp_vllm.engine.draft.adapters import BASE, DraftAdapters
 from sdfp_vllm.engine.draft.head import draft_head, padded
 from sdfp_vllm.engine.draft.model import SkipDraftModel, attention_names
 from sdfp_vllm.engine.draft.reach import call_of, decoder_of
+from sdfp_vllm.engine.draft.rounded_weights import BRIDGED
 from sdfp_vllm.engine.draft.twins import copies_of
 from sdfp_vllm.engine.upstream.symbols import (
     AttentionLayerBase,
@@ -59,7 +62,12 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
         run: bridge.to(device=device, dtype=dtype)  # type: ignore[arg-type]
         for run, bridge in config.parcel.bridges().items()
     }
+    adapters = DraftAdapters(target)
+    if vllm_config.lora_config is not None:
+        mend_cpu_rows_without_adapter()
+    adapters.begin([BASE], rows=1)  # the head is tried on a row
     head = draft_head(target, config.parcel.tokens(), config.plan.view.head.precision)
+    adapters.end()
     rows = config.drafting.padding
     with set_model_tag("sdfp_draft"):
         draft = SkipDraftModel(
@@ -71,6 +79,9 @@ def load_draft(vllm_config: VllmConfig, target: nn.Module) -> tuple[SkipDraftMod
             head=padded(head or target.compute_logits, rows) if rows else head,  # type: ignore[arg-type]
             call=call,
         )
+    if bridges:
+        linear = next(m for m in layers.modules() if hasattr(m, "quant_method") and hasattr(m, "weight"))
+        vars(linear)[BRIDGED] = config.parcel.source  # says so when other weights pass by
     copies = copies_of(draft) + (head.nbytes if head else 0)
     window = config.plan.view.window
     logger.info(

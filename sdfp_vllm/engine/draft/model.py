@@ -26,7 +26,7 @@ def attention_names(layer: nn.Module) -> list[str]:
     return [str(m.layer_name) for m in layer.modules() if isinstance(m, AttentionLayerBase)]
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1})
 class SkipDraftModel(nn.Module):
     """Runs what is kept of `target`'s layers on one token per request.
 
@@ -79,7 +79,7 @@ class SkipDraftModel(nn.Module):
             self.kept.extend(before)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Maps int32 `input_ids` [T] at int64 `positions` [T] to final hidden states [T, hidden]."""
+        """Maps int32 `input_ids` [T] at int64 `positions` [T], or [rows, T] (M-RoPE), to final hidden states [T, hidden]."""
         if self.own is not None:
             return self.own(input_ids, positions)
         hidden = self._embed(input_ids)

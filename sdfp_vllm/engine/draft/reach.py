@@ -12,22 +12,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.plan.families import FAMILIES, Call
+from sdfp_vllm.plan.families import Call, family_of
 
 _TAKEN = ("positions", "hidden_states", "residual")  # what a layer that is called by itself takes, in order
 _WAY_OUT = "Serve it without SDFP; docs/use/compatibility.md lists the model families that work."
 
 
 def decoder_of(target: Any) -> Any:
-    """Returns the module that owns `layers` and `norm` inside a vLLM causal LM.
+    """Returns the module that owns `layers` and `norm` inside a vLLM causal LM, or the one inside a multimodal model.
 
     Raises:
         SdfpError: If there is none.
     """
     model = target.get_language_model() if hasattr(target, "get_language_model") else target
-    inner = getattr(model, "model", None)
-    if isinstance(getattr(inner, "layers", None), nn.ModuleList) and hasattr(inner, "norm"):
-        return inner
+    for inner in (getattr(model, "model", None), model):  # Idefics3's language model is the decoder itself
+        if isinstance(getattr(inner, "layers", None), nn.ModuleList) and hasattr(inner, "norm"):
+            return inner
     raise SdfpError(
         f"model {type(target).__name__}",
         "is not a stack of decoder layers SDFP can reach (model.layers, model.norm)",
@@ -44,7 +44,7 @@ def call_of(architecture: str, decoder: Any) -> Call:
     """
     if isinstance(decoder, PreTrainedModel):  # vLLM runs transformers' own module
         return "forward"
-    known = FAMILIES.get(architecture)
+    known = family_of(architecture)
     if known and known.call == "forward":
         return "forward"
     layer = decoder.layers[0]

@@ -18,17 +18,22 @@ from sdfp_vllm.engine.upstream.symbols import (
     UnquantizedEmbeddingMethod,
     UnquantizedLinearMethod,
     get_current_vllm_config_or_none,
+    init_logger,
 )
 from sdfp_vllm.plan.view import Branch, DraftView, Precision
 
+logger = init_logger(f"vllm.{__name__}")
+
 _MARK = "_sdfp_patched"
 ROWS = "sdfp_rows"  # where a head holds the rows that a draft took of it
+BRIDGED = "sdfp_bridged"  # where one linear of a bridged draft's target holds the plan's name
 _COPY = (
     "sdfp_rounded"  # where a linear holds its copy: not as a child module, for it is no part of the target
 )
-# A router ("gate") decides which experts run: it is small, and rounding it buys nothing.
+# A router ("gate") decides which experts run: it is small, and rounding it buys nothing. `text_model` is Idefics3's
+# decoder; the layers of vision towers have other parents (`encoder.layers`, `visual.blocks`).
 _PLACE = re.compile(
-    r"(?:^|\.)model\.layers\.(\d+)\.(self_attn|attn|mlp)\.(?!gate$|router$|shared_expert_gate$)"
+    r"(?:^|\.)(?:model|text_model)\.layers\.(\d+)\.(self_attn|attn|mlp)\.(?!gate$|router$|shared_expert_gate$)"
 )
 _BRANCH: dict[str, Branch] = {"self_attn": "attention", "attn": "attention", "mlp": "mlp"}
 
@@ -70,6 +75,12 @@ def follow_the_head() -> None:
 
 def take_copy(layer: Any) -> None:
     """Rounds the weight of `layer` as the plan in force asks, or renews the copy that it has."""
+    if plan := vars(layer).get(BRIDGED):
+        logger.warning(
+            "New weights are loaded. Drafts follow them, but the bridges of the plan %s were fitted to the old ones: output "
+            "stays exact, acceptance may fall. `sdfp plan` fits others.",
+            plan,
+        )
     held = copy_of(layer)
     if held is not None:
         held.refresh(layer.weight.detach())

@@ -36,6 +36,8 @@ def twin(module: nn.Module) -> nn.Module:
         return module
     made = copy.copy(module)
     made._modules = children
+    if hasattr(module, "_enable_aux_cuda_stream"):
+        made._enable_aux_cuda_stream = False  # a LoRA layer looks itself up by name, and finds the target's
     return made
 
 

@@ -21,10 +21,13 @@ FIRST, BEYOND = (0, 31), (0, 33)
 TRIED = "vllm>={}.{},<{}.{}".format(*FIRST, *BEYOND)
 # vLLM's V2 model runner was another one before.
 FIRST_V2 = (0, 32)
+# LoRA adapters were tried on these alone: the first, and the first that was not.
+FIRST_ADAPTERS, BEYOND_ADAPTERS = (0, 32), (0, 33)
 
-# By part: "engine" is needed wherever we draft, "cpu" on that platform, "v2" where that runner runs, "rounded" where
-# a plan rounds weights, "serve" for Ray Serve replicas. By module: names, with a method or a field after a dot and
-# the parameters we pass by name in brackets. One more module after "|" is where a release has them instead.
+# By part: "engine" is needed wherever we draft, "cpu" on that platform, "media" for a model that takes images, "v2" where
+# that runner runs, "rounded" where a plan rounds weights, "adapters" with "_cpu" and "_v2" where LoRA is on, "serve" for Ray
+# Serve replicas. By module: names, with a method or a field after a dot and the parameters we pass by name in brackets.
+# One more module after "|" is where a release has them instead.
 SYMBOLS: dict[str, dict[str, list[str]]] = {
     "engine": {
         "vllm.engine.arg_utils": [
@@ -136,17 +139,44 @@ SYMBOLS: dict[str, dict[str, list[str]]] = {
             "expand_batch_to_tokens(x, cu_num_tokens, num_tokens, replace_from, replace_to)",
         ],
     },
+    "media": {
+        "vllm.config": [
+            "ModelConfig.architecture",
+            "ModelConfig.is_multimodal_model",
+            "ModelConfig.mrope_num_dims",
+            "ModelConfig.uses_mrope",
+        ],
+        "vllm.config.multimodal": [
+            "MultiModalConfig.is_multimodal_pruning_enabled",
+            "MultiModalConfig.language_model_only",
+        ],
+        "vllm.multimodal.inputs": [
+            "MultiModalFeatureSpec.mm_position",
+            "PlaceholderRange.length",
+            "PlaceholderRange.offset",
+        ],
+        "vllm.v1.spec_decode.draft_model": [
+            "DraftModelProposer._raise_if_mrope",
+            "DraftModelProposer._warn_if_multimodal",
+        ],
+        "vllm.v1.worker.gpu_input_batch": [
+            "CachedRequestState.mm_features",
+            "CachedRequestState.mrope_position_delta",
+        ],
+    },
     "v2": {
         "vllm.forward_context": ["BatchDescriptor(num_tokens)"],
         "vllm.v1.spec_decode.dynamic.utils": [
             "build_dynamic_sd_schedule_lookup(vllm_max_batch_size, vllm_num_speculative_tokens)"
         ],
         "vllm.v1.worker.gpu.attn_utils": ["build_slot_mappings_by_layer"],
+        "vllm.v1.worker.gpu.cudagraph_utils": ["CudaGraphManager.capture(create_forward_fn)"],
         "vllm.v1.worker.gpu.dp_utils": [
             "DPSyncState.num_reqs",
             "dispatch_cg_and_sync_dp(uniform_token_count, dp_size, dp_rank, need_eager, dp_sync_state)",
         ],
         "vllm.v1.worker.gpu.input_batch": ["InputBatch.seq_lens_cpu_upper_bound"],
+        "vllm.v1.worker.gpu.mm.rope": ["RopeState"],
         "vllm.v1.worker.gpu.spec_decode": ["init_speculator"],
         "vllm.v1.worker.gpu.spec_decode.speculator": ["DraftModelSpeculator._configure_decode_metadata_update"],
         "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils": [
@@ -200,6 +230,27 @@ SYMBOLS: dict[str, dict[str, list[str]]] = {
         "vllm.platforms": ["current_platform.fp8_dtype", "current_platform.import_kernels"],
         "vllm.scalar_type": ["scalar_types.uint4b8"],
     },
+    "adapters": {
+        "vllm.lora.layers": ["LoRAMapping(index_mapping, prompt_mapping, is_prefill)"],
+        "vllm.lora.layers.base": ["BaseLayerWithLoRA"],
+        "vllm.lora.layers.logits_processor": [
+            "LogitsProcessorWithLoRA.reset_lora(index)",
+            "LogitsProcessorWithLoRA.set_lora(index, lora_a, lora_b)",
+        ],
+        "vllm.lora.model_manager": ["LoRAModelManager.set_adapter_mapping(mapping)"],
+    },
+    "adapters_cpu": {
+        "vllm.lora.ops.torch_ops.lora_ops": [
+            "bgmv_expand(inputs, lora_indices_tensor)",
+            "bgmv_expand_slice(inputs, lora_indices_tensor)",
+            "bgmv_shrink(inputs, lora_indices_tensor)",
+        ],
+        "vllm.lora.punica_wrapper.punica_cpu": ["bgmv_expand", "bgmv_expand_slice", "bgmv_shrink"],
+    },
+    "adapters_v2": {
+        "vllm.v1.worker.gpu.lora_utils": ["LoraState.make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)"],
+        "vllm.v1.worker.gpu.model_runner": ["GPUModelRunner.prepare_inputs"],
+    },
     "serve": {
         "vllm.entrypoints.launchers.api_server.app_state": ["init_app_state"],
         "vllm.entrypoints.launchers.api_server.entry": ["build_async_engine_client"],
@@ -211,8 +262,13 @@ SYMBOLS: dict[str, dict[str, list[str]]] = {
 
 # How to go on without a part.
 WITHOUT = {
+    "media": "Serve the model without SDFP, or install another of them.",
     "v2": "Set VLLM_USE_V2_MODEL_RUNNER=0, or install another of them.",
     "rounded": "Draft at full precision (--precision full), or install another of them.",
+    **dict.fromkeys(
+        ("adapters", "adapters_cpu", "adapters_v2"),
+        "Merge the adapter into the weights, or serve without SDFP.",
+    ),
 }
 
 
@@ -232,14 +288,29 @@ def check_release() -> None:
         refuse_missing("cpu")
 
 
-def check_v2_release() -> None:
-    """Raises SdfpError if the installed vLLM has not the V2 model runner that was tried."""
+def check_v2_release(adapters: bool = False) -> None:
+    """Raises SdfpError if the installed vLLM has not the V2 model runner that was tried, or not with LoRA adapters."""
     if minor() < FIRST_V2:
         raise untried(
             "has another V2 model runner than drafts are built for",
             "Set VLLM_USE_V2_MODEL_RUNNER=0, or install vllm>={}.{}.".format(*FIRST_V2),
         )
     refuse_missing("v2")
+    if adapters:
+        refuse_missing("adapters_v2")
+
+
+def check_adapters_release() -> None:
+    """Raises SdfpError if LoRA adapters were not tried with the installed vLLM."""
+    if not FIRST_ADAPTERS <= minor() < BEYOND_ADAPTERS:
+        raise SdfpError(
+            "--enable-lora",
+            f"drafts with adapters were tried on vLLM {'.'.join(map(str, FIRST_ADAPTERS))} alone, and this is {release()}",
+            "Merge the adapter into the weights, install that release, or serve without SDFP.",
+        )
+    refuse_missing("adapters")
+    if module_of("vllm.platforms").current_platform.is_cpu():
+        refuse_missing("adapters_cpu")
 
 
 def minor() -> tuple[int, ...]:

@@ -11,6 +11,7 @@ refuse_missing("v2")
 from vllm.forward_context import BatchDescriptor
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -23,6 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import Target
 __all__ = [
     "BatchDescriptor",
     "CUDAGraphMode",
+    "CudaGraphManager",
     "DPSyncState",
     "DraftModelSpeculator",
     "InputBatch",

@@ -20,6 +20,7 @@ import torch
 from sdfp_vllm.engine.metrics import CountedDrafts, counts_of
 from sdfp_vllm.engine.request_limits import is_ruled, limits
 from sdfp_vllm.engine.upstream.symbols import SamplingMetadata
+from sdfp_vllm.engine.v1.media import without_media
 from sdfp_vllm.pacing.ngram import latest_longest_match
 from sdfp_vllm.pacing.paces import Paces
 from sdfp_vllm.pacing.policy import GREEDY, RULED, SAMPLED, DraftPolicy, Round, Row
@@ -135,7 +136,7 @@ class Pacer:
         if settled and self.timed:
             self.policy.costs.verified(count, (came - self._left) * 1e3)
         rows = self._rows(verified, sampling)
-        round = self.policy.begin(rows)
+        round = self.policy.begin(rows, *self._contexts(verified))
         drafts: list[list[int]] = [
             row.match.tokens[: row.drafts] if row.copies and row.match else [] for row in rows
         ]
@@ -184,24 +185,33 @@ class Pacer:
             rows.append(row)
         return rows
 
+    def _contexts(self, verified: Verified) -> tuple[float, float]:
+        """Tokens of context that requests have, and that drafts see of them; the means over the batch."""
+        held = [p[0] + n + 2 for p, n in zip(verified.positions, verified.accepted, strict=True)]
+        window = self._runner.drafter.window
+        seen = held if window is None else [window.seen(n) for n in held]
+        return sum(held) / len(held), sum(seen) / len(seen)
+
     def _tokens_left(self, i: int, verified: Verified) -> int:
         """Tokens that request i may still be given after the one just sampled."""
         request = self._runner.requests[self._runner.input_batch.req_ids[i]]
         given = verified.positions[i][0] + verified.accepted[i] + 2 - request.num_prompt_tokens
         return (request.sampling_params.max_tokens or 1 << 30) - given
 
-    @staticmethod
-    def _context(batch: Any, i: int, verified: Verified) -> np.ndarray:
+    def _context(self, batch: Any, i: int, verified: Verified) -> np.ndarray:
         """Every token of request i up to the one just sampled; the batch holds those up to the last step's.
 
-        A prompt of embeddings has no ids, and what the batch holds in their place was somebody else's.
+        A prompt of embeddings has no ids, and what the batch holds in their place was somebody else's. Where an image
+        is, there is no text.
         """
         known = int(batch.num_tokens_no_spec[i])
         begin = int(batch.num_prompt_tokens[i]) if i in batch.req_prompt_embeds else 0
         accepted = verified.accepted[i]
         end = verified.positions[i][0] + accepted + 1  # tokens before the one just sampled
         new = verified.tokens[i][accepted + 1 - (end - known) : accepted + 1] if end > known else []
-        return np.concatenate([batch.token_ids_cpu[i, begin : min(known, end)], [*new, verified.sampled[i]]])
+        before = batch.token_ids_cpu[i, begin : min(known, end)]
+        context = np.concatenate([before, [*new, verified.sampled[i]]])
+        return without_media(context, self._runner.requests[batch.req_ids[i]].mm_features, begin)
 
     def _settle(self, ids: Sequence[str], verified: Verified) -> bool:
         """Tells the policy what became of the last round; whether all that was just verified was of that round."""

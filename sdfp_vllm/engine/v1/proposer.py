@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdfp_vllm.engine.draft.adapters import BASE, DraftAdapters
 from sdfp_vllm.engine.draft.load import load_draft
 from sdfp_vllm.engine.draft.window import WindowedMetadata, narrowed_layers, reaches
 from sdfp_vllm.engine.drafting import Drafting
@@ -39,6 +40,7 @@ from sdfp_vllm.engine.upstream.symbols import (
     set_forward_context,
 )
 from sdfp_vllm.engine.v1.pacer import GREEDY_BELOW, DraftStep, Pacer, Verified
+from sdfp_vllm.engine.v1.positions import RotaryPositions
 from sdfp_vllm.engine.v1.sampling import cut, draw, tempered
 from sdfp_vllm.pacing.policy import DraftPolicy
 from sdfp_vllm.plan.window import DraftWindow
@@ -55,17 +57,31 @@ class SdfpProposer(DraftModelProposer):
         # Buffers of the base class for hidden states and embeddings that no draft step here reads.
         self.hidden_states = self.inputs_embeds = None  # type: ignore[assignment]
         self.is_rejected_token_mask = self.is_masked_token_mask = None
+        # The runner would gather the embeddings of the step's images for a draft's prefill, and end the engine where the
+        # next image's are not there yet (0.32). There is no such prefill.
+        self.supports_mm_inputs = False
+        self.rotary: RotaryPositions | None = None
+        if self.uses_mrope:  # the base has a buffer for rows of positions or one for places, we need both
+            self.rotary = RotaryPositions(self.mrope_positions)
+            self.positions = self.mrope_positions.new_zeros(self.max_positions)
         self._slots: dict[int, torch.Tensor] = {}
         self._padding: tuple[int, ...] = vllm_config.speculative_config.drafting.padding  # type: ignore[union-attr]
         self.pacer: Pacer | None = None
         self.window: DraftWindow | None = vllm_config.speculative_config.plan.view.window  # type: ignore[union-attr]
         self._narrowed: set[str] = set()  # attention layers that read through the window
 
+    def _raise_if_mrope(self) -> None:
+        """Nothing: what upstream's draft models lack is `RotaryPositions`."""
+
+    def _warn_if_multimodal(self) -> None:
+        """Nothing: a draft fed by text alone is whole, for images are in the KV cache already."""
+
     # ------------------------------------------------------------ set-up
     def load_model(self, target_model: nn.Module) -> None:
         """Builds the draft over `target_model`'s modules (see `load_draft`)."""
         self.model, self._draft_attn_layer_names = load_draft(self.vllm_config, target_model)
         config: Any = self.vllm_config.speculative_config
+        self.adapters = DraftAdapters(target_model, self._padding, config.own_adapters)
         drafting: Drafting = config.drafting
         if drafting.by_request(self.vllm_config):
             assert drafting.pacing is not None
@@ -125,7 +141,9 @@ class SdfpProposer(DraftModelProposer):
             num_tokens, use_cudagraphs=use_cudagraphs
         )
         slots = self._slots_by_layer(padded)
+        self.adapters.begin([BASE], padded)
         self._forward(None, slots or slot_mappings or {}, padded, mode, across_dp)
+        self.adapters.end()
 
     # ------------------------------------------------------------ drafting
     def prepare_next_token_ids_padded(
@@ -165,7 +183,8 @@ class SdfpProposer(DraftModelProposer):
         """Drafts `num_speculative_tokens` (k >= 0) tokens per request, or as many as the pacer decides.
 
         Args:
-            target_token_ids, target_positions: int [num_tokens], what the target just computed.
+            target_token_ids, target_positions: int [num_tokens], what the target just computed; positions are
+                [rows, num_tokens] with M-RoPE.
             next_token_ids: int32 [batch], the token sampled after the last accepted one.
             token_indices_to_sample: int32 [batch], index of the last accepted token among
                 `target_positions`; None when nothing was drafted in this step.
@@ -177,6 +196,10 @@ class SdfpProposer(DraftModelProposer):
             probabilities, where sampled, are kept for `take_last_draft_probs`.
         """
         self._last_draft_probs = None
+        if self.rotary is not None:
+            # All here counts places in the sequence, of which these rows say nothing.
+            target_positions = self.runner.positions[: target_positions.shape[-1]]
+            self.rotary.begin(self.runner.requests, self.runner.input_batch.req_ids)
         batch = common_attn_metadata.batch_size()
         last = token_indices_to_sample
         if last is None:
@@ -195,8 +218,10 @@ class SdfpProposer(DraftModelProposer):
                 target_token_ids, target_positions, common_attn_metadata.query_start_loc, last, next_token_ids
             )
             drafts, self._last_draft_probs = self.pacer.propose(verified, steps, sampling_metadata)  # type: ignore[union-attr]
+            self.adapters.end()
             return drafts
         taken = list(itertools.islice(steps, num_speculative_tokens))
+        self.adapters.end()
         if not taken:
             return next_token_ids.new_empty((batch, 0), dtype=torch.int64)
         if taken[0].probs is not None:
@@ -220,9 +245,14 @@ class SdfpProposer(DraftModelProposer):
         """
         batch = len(tokens)
         groups = self._decode_metadata(cad, batch, num_rejected)
-        mode, padded, across_dp = self._determine_batch_execution_and_padding(batch)
+        adapters = self.runner.input_batch.request_lora_mapping[:batch].tolist()
+        # The runner records graphs of drafts without adapters alone.
+        mode, padded, across_dp = self._determine_batch_execution_and_padding(
+            batch, use_cudagraphs=not (self.adapters.own and any(adapters))
+        )
         if mode == CUDAGraphMode.NONE and batch <= len(self._padding):
             padded = max(padded, self._padding[batch - 1])
+        self.adapters.begin(adapters, padded)
         slots = self._slots_by_layer(padded)
         windows = self._windows(groups)
         for index in itertools.count(1):
@@ -347,6 +377,8 @@ class SdfpProposer(DraftModelProposer):
             cad.max_seq_len = min(cad.max_seq_len + 1, max_model_len)
             if cad.seq_lens_cpu_upper_bound is not None:
                 cad.seq_lens_cpu_upper_bound += 1
+        if self.rotary is not None:
+            self.rotary.follow(self.positions[:batch])
         return self.positions[:batch].clone()
 
     def _slots_by_layer(self, padded: int) -> dict[str, torch.Tensor]:
@@ -373,4 +405,5 @@ class SdfpProposer(DraftModelProposer):
             cudagraph_runtime_mode=mode,
             slot_mapping=slots,
         ):
-            return self.model(input_ids=self.input_ids[:padded], positions=self.positions[:padded])
+            positions = self.rotary.first(padded) if self.rotary else self.positions[:padded]
+            return self.model(input_ids=self.input_ids[:padded], positions=positions)

@@ -6,13 +6,31 @@ from collections.abc import Callable
 from typing import Any
 
 from sdfp_vllm.engine.upstream.v2 import (
+    CudaGraphManager,
     SpeculatorBatchDescriptor,
     SpeculatorCudaGraphManager,
     build_dynamic_sd_schedule_lookup,
 )
 
 
-class DraftGraphManager(SpeculatorCudaGraphManager):
+class _Prepared(CudaGraphManager):
+    """Calls `before_each(rows)` before a graph is warmed up or recorded, outside of the recording.
+
+    Upstream's manager for speculators, which comes before this one in the order of bases, hands `capture` a function
+    that makes each graph's call.
+    """
+
+    before_each: Callable[[int], None] = staticmethod(lambda rows: None)
+
+    def capture(self, create_forward_fn: Callable, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        def prepared(desc: Any, *more: Any, **named: Any) -> Any:
+            self.before_each(desc.num_tokens)
+            return create_forward_fn(desc, *more, **named)
+
+        super().capture(prepared, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class DraftGraphManager(SpeculatorCudaGraphManager, _Prepared):
     """Upstream's manager of decode graphs, but with a graph for one draft token too.
 
     Upstream drafts its first token in a prefill and has no decode graph to capture at k = 1;

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdfp_vllm.engine.draft.adapters import BASE, DraftAdapters
 from sdfp_vllm.engine.draft.load import load_draft
 from sdfp_vllm.engine.draft.window import gaps, longest_seen, narrowed_layers, reaches, without_gaps
 from sdfp_vllm.engine.upstream.symbols import init_logger
@@ -26,6 +27,7 @@ from sdfp_vllm.engine.upstream.v2 import (
     VllmConfig,
     dispatch_cg_and_sync_dp,
 )
+from sdfp_vllm.engine.v2.adapters import follow_adapters
 from sdfp_vllm.engine.v2.graphs import DraftGraphManager
 from sdfp_vllm.engine.v2.steps import DraftSteps
 from sdfp_vllm.kernels.draft_begin import draft_begin
@@ -41,12 +43,17 @@ class SdfpSpeculator(DraftSteps):
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         super().__init__(vllm_config, device)
         self._drafting: set[str] = set()
+        self.adapter_ids: list[int] = []  # of the requests of the step that is being verified
+        if vllm_config.lora_config is not None:
+            follow_adapters()
         self.window: DraftWindow | None = vllm_config.speculative_config.plan.view.window  # type: ignore[union-attr]
 
     # ------------------------------------------------------------ set-up
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         """Builds the draft over `target_model`'s modules (see `load_draft`)."""
         draft, self._drafting = load_draft(self.vllm_config, target_model)
+        config: Any = self.vllm_config.speculative_config
+        self.adapters = DraftAdapters(target_model, config.drafting.padding, config.own_adapters)
         return draft
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
@@ -97,6 +104,7 @@ class SdfpSpeculator(DraftSteps):
             CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE,
             decode_query_len=1,
         )
+        self.decode_cudagraph_manager.before_each = self.adapters.begin_capture
 
     def capture(self) -> None:
         """Captures all k steps as one graph, or one step as a graph, for each batch size."""
@@ -184,6 +192,8 @@ class SdfpSpeculator(DraftSteps):
         )
         if self.decode_cudagraph_manager is not None:
             batch = self.decode_cudagraph_manager.specialize_spec_tokens(batch, k)
+        recorded = batch.num_tokens if batch.cg_mode == CUDAGraphMode.FULL else 0
+        self.adapters.begin([BASE] * num_reqs if dummy_run else self.adapter_ids, batch.num_tokens, recorded)
         decode = (
             self._fused_multi_step_decode if self.supports_decode_metadata_update else self._multi_step_decode
         )
@@ -195,6 +205,7 @@ class SdfpSpeculator(DraftSteps):
             upper.clamp_max(longest),
             k,
         )
+        self.adapters.end()
         return self.draft_tokens[:num_reqs]
 
     def _narrow(self, num_reqs: int, longest: int) -> int:
@@ -250,6 +261,10 @@ class SdfpSpeculator(DraftSteps):
             self._slots,
             self.max_model_len,
         )
+        target_state = getattr(self, "model_state", None)  # not there while memory is profiled
+        rope = getattr(target_state, "rope_state", None)
+        if self.rotary is not None and rope is not None:
+            self.rotary.begin(rope, idx_mapping)
         self.temperature.copy_(temperature)
         self.seeds.copy_(seeds)
         if self._samples_upstream:

@@ -19,6 +19,7 @@ from sdfp_vllm.engine.upstream.v2 import (
     build_slot_mappings_by_layer,
     set_forward_context,
 )
+from sdfp_vllm.engine.v2.positions import RotaryPositions
 from sdfp_vllm.kernels.draft_step import DraftWorkspace, KvSlots, draft_step
 
 
@@ -31,6 +32,10 @@ class DraftSteps(TargetDependentARSpeculator):
         self.hidden_states = self.hidden_states[: self.max_num_reqs, :0].clone()
         self._slots = _no_slots(self.max_num_reqs, device)
         self._workspace = DraftWorkspace(self.max_num_reqs, self.vocab_size, device)
+        model = vllm_config.model_config
+        self.rotary: RotaryPositions | None = None
+        if model.uses_mrope:
+            self.rotary = RotaryPositions(model.mrope_num_dims, self.max_num_tokens, device)
 
     @property
     def _samples_upstream(self) -> bool:
@@ -210,6 +215,8 @@ class DraftSteps(TargetDependentARSpeculator):
         mm_inputs: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One draft forward: final hidden states [num_tokens, hidden], and none to feed back."""
+        places = self.input_buffers.positions[:num_tokens]
+        positions = self.rotary.at(places) if self.rotary else places
         with set_forward_context(
             attn_metadata,
             self.vllm_config,
@@ -221,7 +228,7 @@ class DraftSteps(TargetDependentARSpeculator):
         ):
             hidden = self.model(
                 input_ids=self.input_buffers.input_ids[:num_tokens],
-                positions=self.input_buffers.positions[:num_tokens],
+                positions=positions,
             )
         return hidden, hidden[:, :0]
 

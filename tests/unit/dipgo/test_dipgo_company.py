@@ -9,7 +9,7 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 
 from sdfp_vllm.dipgo import apply_dipgo
-from sdfp_vllm.dipgo.layout import layout_of
+from sdfp_vllm.dipgo.families import layout_of
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.errors import SdfpError
 from tests.support.tiny_pipelines import STEPS, tiny_sampler
@@ -39,8 +39,9 @@ def test_freeu_does_not_write_into_what_is_kept():
     names = [unit.name for unit in layout.units]
     gates[1:3, names.index("mid_block")] = False
     gates[2:4, names.index("up_blocks.0")] = False
+    plan = make_plan(sampler, gates)
     middle, upper = values_given(sampler.denoiser.mid_block), values_given(sampler.denoiser.up_blocks[0])
-    with apply_dipgo(sampler.pipe, make_plan(sampler, gates)):
+    with apply_dipgo(sampler.pipe, plan):
         sampler.latents(SEEDS)
     assert all_equal(middle[0], middle[1]) and all_equal(middle[0], middle[2])
     assert all_equal(upper[1], upper[2]) and all_equal(upper[1], upper[3])

@@ -57,7 +57,7 @@ def test_search_show_and_use_on_the_unet(tmp_path, method):
     arguments = [
         "dipgo", "search", str(digits_folder("unet")), "--steps", "4", "--budget", "0.6", "--method", method,
         "--images", "2", "--projections", "1", "--rounds", "1", "--test-images", "2", "--iterations", "2",
-        "--guidance-scale", "2", "-o", str(plan),
+        "--guidance-scale", "2", "--keep", "-o", str(plan),
     ]  # fmt: skip
     searched = CliRunner().invoke(app, arguments)
     assert searched.exit_code == 0, searched.output

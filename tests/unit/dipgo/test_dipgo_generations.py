@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiTPipeline, StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from sdfp_vllm.dipgo import apply_dipgo
-from sdfp_vllm.dipgo.layout import layout_of
+from sdfp_vllm.dipgo.families import layout_of
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.errors import SdfpError
 from tests.support.tiny_pipelines import STEPS, scheduler, tiny_sampler

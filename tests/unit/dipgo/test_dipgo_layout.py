@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sdfp_vllm.dipgo.budget import TOLERANCE, gates_at_budget
-from sdfp_vllm.dipgo.layout import Layout, Unit, layout_of
+from sdfp_vllm.dipgo.families import layout_of
+from sdfp_vllm.dipgo.layout import Layout, Unit
 from sdfp_vllm.dipgo.macs import MacCount, count_macs
 from tests.support.tiny_pipelines import tiny_sampler
 
@@ -37,10 +38,9 @@ UNET = Layout(
         Unit(name="up_blocks.1", inputs=(1, 2, 5)),
         Unit(name="up_blocks.2", inputs=(0, 1, 6)),
         Unit(name="up_blocks.3", inputs=(0, 7)),
-    ),
-    residual=False,
+    )
 )
-CHAIN = Layout(tuple(Unit(name=str(i), inputs=(i - 1,) if i else ()) for i in range(4)), residual=True)
+CHAIN = Layout(tuple(Unit(name=str(i), inputs=(i - 1,) if i else ()) for i in range(4)))
 CASES = {"unet": (UNET, "output"), "chain": (CHAIN, "output"), "residual": (CHAIN, "residual")}
 
 

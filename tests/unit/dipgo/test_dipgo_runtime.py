@@ -15,14 +15,14 @@ from diffusers import (
 )
 
 from sdfp_vllm.dipgo import apply_dipgo
+from sdfp_vllm.dipgo.families import layout_of
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint
 from sdfp_vllm.dipgo.history import History
-from sdfp_vllm.dipgo.layout import layout_of
-from sdfp_vllm.dipgo.macs import count_macs
+from sdfp_vllm.dipgo.job import macs_of
 from sdfp_vllm.dipgo.plan import DipgoPlan, Provenance, rows
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.errors import SdfpError
-from tests.support.tiny_pipelines import KINDS, STEPS, scheduler, tiny_sampler
+from tests.support.tiny_pipelines import ALL_KINDS, STEPS, scheduler, tiny_sampler
 
 SEEDS = [11, 12]
 SCHEDULERS = {
@@ -36,23 +36,24 @@ SCHEDULERS = {
 
 def gates_of(sampler, layout, seed=0, share=0.5):
     gates = np.random.default_rng(seed).random((sampler.calls, len(layout.units))) < share
-    gates[0] = True
+    gates[list(sampler.rhythm.stages)] = True
     return gates
 
 
 def make_plan(sampler, gates=None, granularity="block", reuse="output", order=0, **changes) -> DipgoPlan:
-    layout = layout_of(sampler.denoiser, granularity)
+    layout = sampler.layout(granularity)
     gates = np.ones((sampler.calls, len(layout.units)), bool) if gates is None else gates
     fields = {
         "pipeline": "tiny",
         "fingerprint": pipeline_fingerprint(sampler.pipe),
         "scheduler": sampler.scheduler,
+        "calls": sampler.rhythm,
         "granularity": granularity,
         "reuse": reuse,
         "order": order,
         "units": list(layout.units),
         "executed": rows(gates),
-        "macs": count_macs(sampler.denoiser, layout, *sampler.first_call()),
+        "macs": macs_of(sampler, layout),
         "made": Provenance(
             method="fisher", budget=0.5, guidance_scale=3.0, seed=0, iterations=1, search_seconds=1.0,
             created="2030-01-01", sdfp_version="1", torch_version="2", diffusers_version="0",
@@ -65,14 +66,15 @@ def count_executions(sampler, layout):
     """Counts real executions: a hook below the plan's, in the submodules that only a running unit reaches."""
     ran = Counter()
     handles = []
-    for i, module in enumerate(layout.modules(sampler.denoiser)):
-        # The last one: a DiT's head calls the timestep embedding of block 0, which is not running the block.
-        inner = [m for m in module.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][-1]
-        handles.append(inner.register_forward_hook(lambda *_, i=i: ran.update([i])))
+    for denoiser in getattr(sampler, "denoisers", [sampler.denoiser]):
+        for i, module in enumerate(layout.modules(denoiser)):
+            # The last one: a DiT's head calls the timestep embedding of block 0, which is not running the block.
+            inner = [m for m in module.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][-1]
+            handles.append(inner.register_forward_hook(lambda *_, i=i: ran.update([i])))
     return ran, handles
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_nothing_skipped_is_bit_exact_and_so_is_removal(kind):
     sampler = tiny_sampler(kind)
     full = sampler.latents(SEEDS)
@@ -92,18 +94,19 @@ def test_nothing_skipped_is_bit_exact_and_so_is_removal(kind):
         assert torch.equal(sampler.latents(SEEDS), full)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("granularity", ["block", "step"])
 def test_closed_units_are_not_executed(kind, granularity):
     sampler = tiny_sampler(kind)
     layout = layout_of(sampler.denoiser, granularity)
     gates = layout.closure(gates_of(sampler, layout, seed=3), "output")
+    plan = make_plan(sampler, gates, granularity)
     ran, handles = count_executions(sampler, layout)
-    with apply_dipgo(sampler.pipe, make_plan(sampler, gates, granularity)):
+    with apply_dipgo(sampler.pipe, plan):
         sampler.latents(SEEDS)
     for h in handles:
         h.remove()
-    assert [ran[i] for i in range(len(layout.units))] == gates.sum(0).tolist()
+    assert [ran[i] for i in range(len(layout.units))] == (gates.sum(0) * sampler.rhythm.branches).tolist()
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

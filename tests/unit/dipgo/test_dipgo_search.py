@@ -8,8 +8,8 @@ import torch
 
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.dipgo import learn
+from sdfp_vllm.dipgo.families import layout_of
 from sdfp_vllm.dipgo.job import SearchOptions, check, find, task_of
-from sdfp_vllm.dipgo.layout import layout_of
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
 from sdfp_vllm.dipgo.macs import count_macs
 from sdfp_vllm.dipgo.objective import consistency

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sdfp_vllm.common.machine import processor
 from sdfp_vllm.engine import config
 from tests.support.plans import make_plan
 
@@ -27,8 +28,22 @@ def test_other_conditions_are_warned_of(monkeypatch, planned, dtype, eager, said
     monkeypatch.setattr(config.logger, "warning", lambda text, *values: told.append(text % values))
     plan = make_plan()
     assert plan.costs is not None and plan.costs.dtype == "float32"
-    plan = plan.model_copy(
-        update={"costs": plan.costs.model_copy(update={"engine": planned}), "worthwhile": True}
-    )
+    here = {"engine": planned, "device": f"CPU ({processor()}), oneDNN kernels"}
+    plan = plan.model_copy(update={"costs": plan.costs.model_copy(update=here), "worthwhile": True})
     config.warn_of_other_conditions(plan, "PLAN", SimpleNamespace(dtype=dtype, enforce_eager=eager))
     assert len(told) == len(said) and all(s in t for s, t in zip(said, told, strict=True))
+
+
+def test_another_machine_is_warned_of(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *values: told.append(text % values))
+    plan = make_plan()
+    plan = plan.model_copy(
+        update={
+            "costs": plan.costs.model_copy(update={"device": "NVIDIA L4", "engine": None}),
+            "worthwhile": True,
+        }
+    )
+    config.warn_of_other_conditions(plan, "PLAN", SimpleNamespace(dtype=torch.float32, enforce_eager=True))
+    (line,) = told
+    assert "was measured on NVIDIA L4" in line and processor() in line and "--refresh-costs PLAN" in line

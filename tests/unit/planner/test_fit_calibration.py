@@ -304,7 +304,10 @@ def test_what_is_a_chat_source(tmp_path):
         ({"messages": [said("user", "")]}, r"messages\[0\]\.content: is empty"),
         ({"messages": [said("user", "a"), said("user", " \n")]}, r"messages\[1\]\.content: is empty"),
         ({"messages": [said("user", None)]}, r"messages\[0\]\.content: is not text"),
-        ({"messages": [said("user", [{"type": "image_url"}])]}, r"messages\[0\]\.content: is not text"),
+        (
+            {"messages": [said("user", [{"type": "image_url"}])]},
+            r"messages\[0\]\.content\[0\]: is a part of type 'image_url'",
+        ),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content: is not text"),
         ({"messages": [said("human", "Hi")]}, r"messages\[0\]\.role: 'human' is not known"),
         ({"messages": [said(["user"], "Hi")]}, r"messages\[0\]\.role: \['user'\] is not known"),

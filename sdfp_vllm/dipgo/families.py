@@ -1,0 +1,125 @@
+"""The architectures whose units are listed: by class of the denoiser, and by class of its blocks.
+
+The order in which a block returns its streams is its author's choice, so it is written down here for each class as its
+`forward` in diffusers has it. `tests/unit/dipgo/test_dipgo_families.py` holds every entry against a traced call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sdfp_vllm.dipgo.layout import WHOLE, Granularity, Layout, Stream, Unit
+from sdfp_vllm.errors import SdfpError
+
+_IMAGE, _TEXT = "hidden_states", "encoder_hidden_states"
+_ONE = (Stream(argument=_IMAGE),)
+_TEXT_FIRST = (Stream(argument=_TEXT, place=0), Stream(argument=_IMAGE, place=1))
+_TEXT_LAST = (Stream(argument=_IMAGE, place=0), Stream(argument=_TEXT, place=1))
+_BLOCKS = {
+    "BasicTransformerBlock": _ONE,  # DiT, PixArt
+    "SanaTransformerBlock": _ONE,
+    "HunyuanDiTBlock": _ONE,
+    "WanTransformerBlock": _ONE,
+    "LTXVideoTransformerBlock": _ONE,
+    "SD3SingleTransformerBlock": _ONE,
+    "JointTransformerBlock": _TEXT_FIRST,  # SD3
+    "FluxTransformerBlock": _TEXT_FIRST,
+    "FluxSingleTransformerBlock": _TEXT_FIRST,
+    "QwenImageTransformerBlock": _TEXT_FIRST,
+    "CogVideoXBlock": _TEXT_LAST,
+}
+# The lists of blocks that a denoiser runs, one after the other.
+_CHAINS = {
+    "DiTTransformer2DModel": ("transformer_blocks",),
+    "PixArtTransformer2DModel": ("transformer_blocks",),
+    "SD3Transformer2DModel": ("transformer_blocks",),
+    "FluxTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "QwenImageTransformer2DModel": ("transformer_blocks",),
+    "SanaTransformer2DModel": ("transformer_blocks",),
+    "CogVideoXTransformer3DModel": ("transformer_blocks",),
+    "WanTransformer3DModel": ("blocks",),
+    "LTXVideoTransformer3DModel": ("transformer_blocks",),
+}
+_UNETS = ("UNet2DConditionModel",)
+_LONG_SKIPS = ("HunyuanDiT2DModel",)
+
+
+def is_listed(denoiser: nn.Module) -> bool:
+    """Whether the blocks of this class of denoiser are described here."""
+    return type(denoiser).__name__ in (*_CHAINS, *_UNETS, *_LONG_SKIPS)
+
+
+def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
+    """The units of `denoiser`: its blocks, or with granularity "step" the whole network as the only one.
+
+    A transformer is a chain of blocks, in HunyuanDiT with long skips between its halves. In a U-Net
+    (`UNet2DConditionModel`) the outer blocks of the down path, the middle and the up path are units, as in DiP-GO;
+    an up block reads the one before it and the down blocks whose skip connections it takes.
+
+    Raises:
+        SdfpError: If blocks are asked of a class that is not listed; `signature.py` reads it from a call.
+    """
+    kind = type(denoiser).__name__
+    if granularity == "step":
+        return WHOLE
+    if kind in _UNETS:
+        return Layout(_unet_units(denoiser))
+    if kind in _LONG_SKIPS:
+        return Layout(_long_skip_units(denoiser))
+    if kind in _CHAINS:
+        return Layout(_chain_units(denoiser))
+    raise SdfpError(
+        kind,
+        "is not among the classes whose blocks are listed",
+        "Let `sdfp dipgo search` read them from a call, describe them with Layout(...), or use granularity step.",
+    )
+
+
+def _chain_units(denoiser: nn.Module) -> tuple[Unit, ...]:
+    units: list[Unit] = []
+    for part in _CHAINS[type(denoiser).__name__]:
+        for i, block in enumerate(getattr(denoiser, part)):
+            inputs = (len(units) - 1,) if units else ()
+            units.append(Unit(name=f"{part}.{i}", inputs=inputs, streams=_streams(block)))
+    return tuple(units)
+
+
+def _streams(block: nn.Module) -> tuple[Stream, ...]:
+    streams = _BLOCKS[type(block).__name__]
+    # SD3's last block reads the text and gives None for it.
+    return tuple(
+        s for s in streams if not (s.argument == _TEXT and getattr(block, "context_pre_only", False))
+    )
+
+
+def _long_skip_units(denoiser: Any) -> tuple[Unit, ...]:
+    """HunyuanDiT: the outputs of the first half's blocks, but its last two, are read again in the second, last in first out."""
+    units: list[Unit] = []
+    skips: list[int] = []
+    half = denoiser.config.num_layers // 2
+    for i, block in enumerate(denoiser.blocks):
+        inputs = {i - 1} if i else set()
+        if i > half:
+            inputs.add(skips.pop())
+        if i < half - 1:
+            skips.append(i)
+        units.append(Unit(name=f"blocks.{i}", inputs=tuple(sorted(inputs)), streams=_streams(block)))
+    return tuple(units)
+
+
+def _unet_units(unet: Any) -> tuple[Unit, ...]:
+    units: list[Unit] = []
+    stem = -1
+    skips = [stem]  # who wrote each skip connection: conv_in, then the down blocks' resnets and downsamplers
+    for i, block in enumerate(unet.down_blocks):
+        units.append(Unit(name=f"down_blocks.{i}", inputs=(i - 1,) if i else ()))
+        skips += [i] * (len(block.resnets) + (1 if block.downsamplers else 0))
+    if unet.mid_block is not None:
+        units.append(Unit(name="mid_block", inputs=(len(units) - 1,)))
+    for j, block in enumerate(unet.up_blocks):
+        taken, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+        inputs = {len(units) - 1, *taken} - {stem}
+        units.append(Unit(name=f"up_blocks.{j}", inputs=tuple(sorted(inputs))))
+    return tuple(units)
