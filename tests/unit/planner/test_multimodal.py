@@ -83,7 +83,7 @@ def test_the_list_is_what_is_tried(saved):
 def test_another_family_is_refused_with_anyway_too(saved, tmp_path):
     model = Path(shutil.copytree(saved("qwen2_vl"), tmp_path / "model"))
     change(model, lambda config: config.update(architectures=["HomemadeForConditionalGeneration"]))
-    with pytest.raises(SdfpError, match=r"HomemadeForCond.*takes more than text.*docs/use/multimodal\.md"):
+    with pytest.raises(SdfpError, match=r"HomemadeForCond.*takes more than text.*docs/use/multimodal.md"):
         admit(model, PlanOptions(anyway=True))
 
 
