@@ -6,8 +6,6 @@ every layer at full precision must be accepted always, and one test breaks the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,7 @@ from tests.support.tiny_multimodal import (
     mixed_requests,
     pictures,
     repeated,
-    save_tiny_multimodal,
+    saver,
     token_id,
 )
 
@@ -86,15 +84,8 @@ def accepted(llm: Any) -> float:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Iterator[Any]:
-    made: dict[str, Path] = {}
-
-    def model(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_tiny_multimodal(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    yield model
+def models(tmp_path_factory) -> Any:
+    return saver(tmp_path_factory.mktemp)
 
 
 # One with M-RoPE and features beside the embedding, one whose decoder is reached another way.

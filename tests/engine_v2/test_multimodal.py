@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from sdfp_vllm.engine.v2.positions import RotaryPositions
 from tests.support import vision
 from tests.support.engines import assert_identical, engine, metric, runner, spec_counters, write_plan
-from tests.support.tiny_multimodal import TINY, mixed_requests, save_tiny_multimodal
+from tests.support.tiny_multimodal import TINY, mixed_requests, saver
 
 pytestmark = [
     pytest.mark.engine,
@@ -43,14 +42,7 @@ def accepted(llm: Any) -> float:
 
 @pytest.fixture(scope="module", name="saved")
 def _saved(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def saved(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_tiny_multimodal(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return saved
+    return saver(tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("kind", KINDS)

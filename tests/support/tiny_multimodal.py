@@ -6,6 +6,7 @@ vLLM's CPU kernels take. An image becomes a handful of tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,6 +315,11 @@ def save_tiny_multimodal(kind: str, folder: Path, seed: int = 0) -> Path:
     if kind in ("llava", "gemma3"):
         _rename(folder / "model.safetensors")
     return folder
+
+
+def saver(folder_of: Callable[[str], Path]) -> Callable[[str], Path]:
+    """`save_tiny_multimodal`, once a kind, into `folder_of(kind)`."""
+    return functools.cache(lambda kind: save_tiny_multimodal(kind, folder_of(kind)))
 
 
 def _rename(file: Path) -> None:

@@ -26,7 +26,7 @@ from sdfp_vllm.planner.options import PlanOptions
 from sdfp_vllm.planner.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.planner.stack import DecoderStack, load_target
 from tests.support import vision
-from tests.support.tiny_multimodal import TINY, VOCAB, save_tiny_multimodal
+from tests.support.tiny_multimodal import TINY, VOCAB, saver
 from tests.unit.planner.test_job import SMALL, TEXT
 
 pytestmark = pytest.mark.skipif(
@@ -36,14 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", name="saved")
 def _saved(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def saved(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_tiny_multimodal(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return saved
+    return saver(tmp_path_factory.mktemp)
 
 
 def change(folder: Path, edit) -> None:
