@@ -20,8 +20,11 @@ def usable() -> bool:
     """Makes torchvision importable here and in processes that are started from here, if it is not; whether it is now."""
     if importlib.util.find_spec("torchvision") is None and (FOLDER / "torchvision").is_dir():
         sys.path.append(str(FOLDER))
-        runpy.run_path(str(_STARTUP / "sitecustomize.py"))
+        # A test worker was started with what follows, and then given the path of who started it.
+        if not any(type(finder).__name__ == "DeclareOperators" for finder in sys.meta_path):
+            runpy.run_path(str(_STARTUP / "sitecustomize.py"))
         # vLLM looks into a model's module in a process of its own, and servers are others too.
-        path = [str(_STARTUP), os.environ.get("PYTHONPATH", ""), str(FOLDER)]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        before = os.environ.get("PYTHONPATH", "")
+        if str(_STARTUP) not in before.split(os.pathsep):
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_STARTUP), before, str(FOLDER)]))
     return importlib.util.find_spec("torchvision") is not None
