@@ -30,6 +30,7 @@ from sdfp_vllm.common.provenance import weights_of
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.demo.questions import choose
+from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.measure.engines import run_engines
 from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn, TurnMeasurement
 from sdfp_vllm.plan.store import find_plan
@@ -65,6 +66,10 @@ def phases_of(asked: argparse.Namespace, tokenizer: Any) -> list[Phase]:
         phases.append(Phase(f"continuing {length} tokens", ids.tolist()))
     together = rest[asked.count :]
     count = len(together) // asked.batch * asked.batch
+    if not count or len(by_kind[phases[0].name]) < 2 * asked.count:
+        raise SdfpError(
+            "--count, --batch", "want more questions than there are", "Give less, or other --questions."
+        )
     phases.append(Phase(f"all kinds, {asked.batch} at a time", together[:count], asked.batch))
     phases.append(Phase(f"{phases[0].name} again", first))
     return phases

@@ -25,7 +25,7 @@ def plan_command(
         Path | None,
         typer.Option(
             metavar="PLAN",
-            help="Measure only the costs of this plan folder anew, as on a machine of another kind; no search.",
+            help="Measure only the costs of this plan's folder, as on a machine of another kind; the result goes to -o, the plan stays.",
         ),
     ] = None,
     revision: Annotated[
@@ -90,7 +90,11 @@ def plan_command(
         bool, typer.Option("--eager", help="Plan for an engine that runs with --enforce-eager.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="End with plain decoding and the plan on the engine.")
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="End with plain decoding and the plan on the engine; with --refresh-costs: ask an engine what it adds.",
+        ),
     ] = True,
     anyway: Annotated[
         bool,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfp_vllm.errors import SdfpError
-from sdfp_vllm.plan.model_files import has_plan_beside
+from sdfp_vllm.plan.model_files import has_plan_beside, is_same_model
 from sdfp_vllm.plan.parcel import PLAN_FILE
 
 METHOD = "sdfp"
@@ -110,8 +110,10 @@ def sdfp_settings(args: Any) -> dict[str, Any] | None:
     merged = {**settings, **{key: value for key, (_, value) in flags.items() if value is not None}}
     method, model = merged.get("method"), merged.get("model")
     ours = model == METHOD or _is_plan(model)
-    if not ours and method is None and isinstance(model, str) and model == getattr(args, "model", None):
-        ours = has_plan_beside(model, PLAN_FILE)
+    served = str(getattr(args, "model", ""))
+    if not ours and method is None and isinstance(model, str) and is_same_model(model, served):
+        where = (getattr(args, name, None) for name in ("revision", "download_dir"))
+        ours = has_plan_beside(served, PLAN_FILE, *where)
     if method not in (None, METHOD) and ours:
         raise SdfpError(
             f"speculative method {method!r}",

@@ -35,7 +35,9 @@ class FixedRound(Round):
         self._verified = self.batch
 
     def goes_on(self) -> bool:
-        return self.steps < self._count and any(r.drafting and r.drafts < r.most for r in self.rows)
+        return self.steps < min(self._count, self._policy.longest) and any(
+            r.drafting and r.drafts < r.most for r in self.rows
+        )
 
     def saw(self, confidence: Sequence[float]) -> list[bool]:
         self.steps += 1

@@ -149,22 +149,34 @@ def fetch_plan_files(repository: str, download_dir: str | None, names: Sequence[
     for folder in (snapshot, snapshot / BESIDE):
         if (folder / names[0]).is_file():
             return folder
+    known = f", as far as the cache knows: the hub cannot be asked ({_told(why)})" if why else ""
     raise SdfpError(
         f"plan {repository!r}",
-        "is a Hugging Face repository without plan.json, at its top or in sdfp/",
+        f"is a Hugging Face repository without plan.json, at its top or in sdfp/{known}",
         "Make a plan with `sdfp plan MODEL -o sdfp`, and upload that folder.",
     ) from why
 
 
-def has_plan_beside(model: str, plan_file: str) -> bool:
-    """Whether `model`, a folder or a Hugging Face id, has a plan beside its files; False where the hub cannot be asked."""
+def is_same_model(named: str, served: str) -> bool:
+    """Whether two names lead to one model: equal, one folder, or an id and the snapshot of it that vLLM serves offline."""
+    if named == served or (
+        os.path.isdir(named) and os.path.isdir(served) and os.path.samefile(named, served)
+    ):
+        return True
+    snapshots = Path(served).parent
+    return snapshots.name == "snapshots" and snapshots.parent.name == "models--" + named.replace("/", "--")
+
+
+def has_plan_beside(model: str, plan_file: str, revision: str | None, download_dir: str | None) -> bool:
+    """Whether `model`, a folder or a Hugging Face id, has a plan beside its files; False where that cannot be known."""
     if os.path.isdir(model):
         return (Path(model) / BESIDE / plan_file).is_file()
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     name = f"{BESIDE}/{plan_file}"
     try:
-        return isinstance(try_to_load_from_cache(model, name), str) or HfApi().file_exists(model, name)
+        cached = try_to_load_from_cache(model, name, cache_dir=download_dir, revision=revision)
+        return isinstance(cached, str) or HfApi().file_exists(model, name, revision=revision)
     except Exception:  # of the network, the hub, or a name that is no id
         return False
 

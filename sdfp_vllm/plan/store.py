@@ -7,14 +7,18 @@ restricted, `head.safetensors`. Nothing in it is executable; loading it reads no
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from sdfp_vllm.common.json_file import read_plan, write_atomically, write_plan
 from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.plan.fingerprint import Fingerprint, fingerprint, resolve_model_dir
-from sdfp_vllm.plan.model_files import BESIDE, asked_revision, fetch_plan_files
+from sdfp_vllm.plan.model_files import BESIDE, asked_revision, fetch_plan_files, is_same_model
 from sdfp_vllm.plan.parcel import BRIDGE_FILE, HEAD_FILE, PLAN_FILE, PlanParcel
 from sdfp_vllm.plan.schema import SCHEMA_VERSION, SkipPlan
+
+# Owner and name, neither beginning as a path does.
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def save_plan(
@@ -128,23 +132,34 @@ def find_plan(
     target = fingerprint(model_dir)
     beside = model_dir / BESIDE
     if plan is not None:
-        folder = beside if str(plan) == model else _named(Path(plan), download_dir)
+        same = (beside / PLAN_FILE).is_file() and is_same_model(str(plan), model)
+        folder = beside if same else _named(Path(plan), download_dir)
     else:
-        folder = default_plan_dir(target)
+        folder = _own(target, beside)
         if not (folder / PLAN_FILE).is_file():
-            if not (beside / PLAN_FILE).is_file():
-                raise PlanError(
-                    f"model {model!r}",
-                    f"has no plan yet (looked for {folder} and {beside})",
-                    f"Make one with `{plan_command(model, model, revision, download_dir)}`, or name a plan folder.",
-                )
-            folder = beside
+            raise PlanError(
+                f"model {model!r}",
+                f"has no plan yet (looked for {folder} and {beside})",
+                f"Make one with `{plan_command(model, model, revision, download_dir)}`, or name a plan folder.",
+            )
     return load_parcel(folder, target, plan_command(model, "MODEL", revision, download_dir))
+
+
+def _own(target: Fingerprint, beside: Path) -> Path:
+    """The default place if a plan is there, else the folder beside the model if one is, which needs no home folder."""
+    travels = (beside / PLAN_FILE).is_file()
+    try:
+        folder = default_plan_dir(target)
+    except SdfpError:
+        if travels:
+            return beside
+        raise
+    return beside if travels and not (folder / PLAN_FILE).is_file() else folder
 
 
 def _named(plan: Path, download_dir: str | None) -> Path:
     """The folder of the plan that a user named."""
-    if plan.exists() or plan.is_absolute() or len(plan.parts) != 2:
+    if plan.exists() or not _ID.fullmatch(str(plan)) or plan.name == PLAN_FILE:
         inside = plan / BESIDE
         return inside if not (plan / PLAN_FILE).is_file() and (inside / PLAN_FILE).is_file() else plan
     return fetch_plan_files(str(plan), download_dir, (PLAN_FILE, BRIDGE_FILE, HEAD_FILE))

@@ -35,7 +35,7 @@ from sdfp_vllm.planner.search import MAX_TRIED, check_request
 from sdfp_vllm.planner.stack import DecoderStack, load_target
 from sdfp_vllm.planner.texts import CHECKED, Texts, own_windows
 from sdfp_vllm.planner.window_search import long_texts, with_window
-from sdfp_vllm.planner.work import Work
+from sdfp_vllm.planner.work import Work, writable
 
 
 def make_plan(
@@ -66,7 +66,7 @@ def make_plan(
     texts = Texts.read(options, load_tokenizer(model_dir, options.trust_remote_code))
     model_dir = resolve_model_dir(model, options.revision)
     identity = fingerprint(model_dir)
-    folder = _writable(out or default_plan_dir(identity))
+    folder = writable(out or default_plan_dir(identity))
     long = long_texts(model_dir, texts.tokenizer, options) if options.window == "auto" else []
     corpus = texts.corpus() if options.ray or options.score_text == "corpus" else None
     with stages(console) as bar:
@@ -166,19 +166,3 @@ def _sums_on_ray(work: Work, ids: Tensor | None) -> FisherSums:
         return ray_fisher_sums(
             job, options.ray, checkpoint=work.checkpoint, resume=options.resume, advance=advance
         )
-
-
-def _writable(folder: Path) -> Path:
-    """Makes the output folder and tries to write in it, so that no minutes are lost to a wrong path."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise SdfpError(
-            f"output folder {folder}",
-            f"cannot be written ({e.strerror or e})",
-            "Choose another folder with -o, or with SDFP_CACHE_DIR.",
-        ) from e
-    return folder

@@ -19,9 +19,10 @@ from sdfp_vllm.common.progress import stages
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.costs import Costs
 from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
+from sdfp_vllm.plan.model_files import BESIDE
 from sdfp_vllm.plan.parcel import BRIDGE_FILE, HEAD_FILE, PlanParcel
 from sdfp_vllm.plan.schema import Candidate, Prediction, SkipPlan
-from sdfp_vllm.plan.store import load_parcel, save_plan
+from sdfp_vllm.plan.store import default_plan_dir, load_parcel, save_plan
 from sdfp_vllm.plan.view import BRANCHES
 from sdfp_vllm.planner.cost import measure_bridge_ms, measure_costs
 from sdfp_vllm.planner.engine_check import overheads_of
@@ -30,6 +31,7 @@ from sdfp_vllm.planner.options import DTYPES, PlanOptions
 from sdfp_vllm.planner.rounded import fused_linears, usable_precisions
 from sdfp_vllm.planner.search import BATCH_SIZES, MAX_TRIED, WORTHWHILE
 from sdfp_vllm.planner.stack import DecoderStack, load_target
+from sdfp_vllm.planner.work import writable
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Refreshed:
     """A plan with this machine's costs.
 
     Attributes:
-        other: The view of the curve that is predicted to be fastest here, where that is another one; else None.
+        other: The view of the curve that is predicted to be faster here, where there is one.
         other_speedup: What it is predicted to give.
     """
 
@@ -58,9 +60,9 @@ def refresh_costs(
     """Measures the costs of a plan on this machine, and saves the plan with them.
 
     Args:
-        plan: Its folder.
-        model: A folder or a Hugging Face id; None for the one that the plan names.
-        out: Output folder; None for the plan's own.
+        plan: Its folder. It is left as it is, unless it is the output folder: other machines may share it.
+        model: A folder or a Hugging Face id; None for the one beside which the plan lies, else the one that it names.
+        out: Output folder; None for the default place, where the engine of this machine looks first.
         options: `dtype` ("auto": the plan's), `eager`, `run_check` (False: no engine is asked what it adds),
             `revision`, `trust_remote_code`; the rest means nothing here.
         console: Where progress is shown; None shows none.
@@ -72,7 +74,8 @@ def refresh_costs(
     options = options or PlanOptions()
     held = load_parcel(plan)
     old = held.plan
-    name, revision = model or old.model, options.revision or (None if model else old.revision)
+    name = model or _beside(Path(held.source)) or old.model
+    revision = options.revision or (old.revision if name == old.model else None)
     rates = _acceptance(old, held.source)
     model_dir = resolve_model_dir(name, revision)
     identity = fingerprint(model_dir)
@@ -80,7 +83,7 @@ def refresh_costs(
     dtype = options.dtype if options.dtype != "auto" or not old.costs else old.costs.dtype
     eager = options.eager or bool(old.costs and old.costs.engine == "eager")
     options = replace(options, dtype=dtype, eager=eager)
-    folder = out or Path(parcel.source)
+    folder = writable(out or default_plan_dir(identity))
     with stages(console) as bar:
         with bar.step("Loading the model", 1):
             stack = DecoderStack(
@@ -94,9 +97,22 @@ def refresh_costs(
                 costs = overheads_of(model_dir, identity, options, costs, can_round)
     made = _priced(old, costs, rates).model_copy(update={"model": name, "revision": revision})
     save_plan(made, folder, parcel.files.get(BRIDGE_FILE), parcel.files.get(HEAD_FILE))
-    best = max(made.curve, key=lambda c: max(c.speedup), default=None)
-    other = best if best and best.view != made.view.branches else None
-    return Refreshed(made, folder, other, max(other.speedup) if other else 0.0)
+    return Refreshed(made, folder, *_faster(made))
+
+
+def _beside(folder: Path) -> str | None:
+    """The model beside whose files a plan's folder lies."""
+    model = folder.parent
+    return str(model) if folder.name == BESIDE and (model / "config.json").is_file() else None
+
+
+def _faster(plan: SkipPlan) -> tuple[Candidate | None, float]:
+    """The view of the curve that would be faster than the plan's by more than predictions err, and its speedup; else None."""
+    if plan.view.bridges is not None:
+        return None, 0.0  # the curve's costs hold the bridges of the plan's view
+    gains = [(max(c.speedup[1:], default=0.0), c) for c in plan.curve if c.view != plan.view.branches]
+    gain, best = max(gains, key=lambda g: g[0], default=(0.0, None))
+    return (best, gain) if gain > WORTHWHILE * max(plan.prediction.speedup, 1.0) else (None, 0.0)
 
 
 def _acceptance(plan: SkipPlan, source: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""Work: what every stage of the job needs."""
+"""Work: what every stage of the job needs; and the folder that it ends in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdfp_vllm.common.progress import Stages
+from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.fingerprint import Fingerprint
 from sdfp_vllm.planner.options import PlanOptions
 from sdfp_vllm.planner.texts import Texts
@@ -40,3 +41,19 @@ class Work:
     def scored(self) -> str:
         """What finished sums must have been made from, to be gone on with."""
         return f"{self.identity.sha256} {self.options.seed}"
+
+
+def writable(folder: Path) -> Path:
+    """Makes the output folder and tries to write in it, so that no minutes are lost to a wrong path."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise SdfpError(
+            f"output folder {folder}",
+            f"cannot be written ({e.strerror or e})",
+            "Choose another folder with -o, or with SDFP_CACHE_DIR.",
+        ) from e
+    return folder

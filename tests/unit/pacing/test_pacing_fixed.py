@@ -20,6 +20,11 @@ def test_every_round_has_its_drafts_and_pacing_learns_nothing(count):
     assert ([odds[0] for odds in paced.position], paced.rate([GREEDY])) == before
 
 
+def test_no_more_than_there_is_room_for():
+    _, _, rounds = simulate(FixedPolicy(DraftPolicy(costs(), longest=2), 20), steady(1.0), 5)
+    assert {r.steps for r in rounds} == {2}
+
+
 def test_who_may_not_draft_does_not():
     fixed = FixedPolicy(DraftPolicy(costs(), longest=8), 3)
     round = fixed.begin([Row(GREEDY), Row(None), Row(GREEDY, most=1)])

@@ -13,6 +13,7 @@ from sdfp_vllm.engine.arguments import sdfp_settings
 from sdfp_vllm.errors import PlanError, SdfpError
 from sdfp_vllm.plan.fingerprint import fingerprint
 from sdfp_vllm.plan.head_file import pack_head
+from sdfp_vllm.plan.model_files import is_same_model
 from sdfp_vllm.plan.store import default_plan_dir, find_plan, save_plan
 from tests.support.hub import hub_of_this_process
 from tests.support.plans import VIEW, make_plan, stored, write_model
@@ -98,10 +99,38 @@ def test_a_repository_without_a_plan_or_out_of_reach_is_named(hub, model):
         find_plan(str(model), "no/where")
 
 
-def asked(model: object, served: object, method: str | None = None):
+def test_a_user_without_a_home_finds_the_plan_beside_the_model(model, monkeypatch):
+    """As in a container: the default place is somebody else's, or there is none."""
+    from sdfp_vllm.plan import store
+
+    def none():
+        raise SdfpError("cache folder", "is not there", "Set SDFP_CACHE_DIR.")
+
+    monkeypatch.setattr(store, "plans_root", none)
+    with pytest.raises(SdfpError, match="SDFP_CACHE_DIR"):
+        find_plan(str(model))
+    write(model, model / "sdfp")
+    assert find_plan(str(model)).source == str(model / "sdfp")
+
+
+@pytest.mark.parametrize("typed", ["../plan", "~/plan", "./plan", "plans/plan.json", "a/b/c"])
+def test_what_cannot_be_an_id_is_a_path(hub, model, typed):
+    with pytest.raises(PlanError, match="no such plan"):
+        find_plan(str(model), typed)
+
+
+def test_one_model_by_several_names(model, tmp_path):
+    assert is_same_model("org/model", "org/model") and not is_same_model("org/model", "org/other")
+    assert is_same_model(str(model), f"{model}/") and not is_same_model(str(model), str(tmp_path))
+    offline = "/cache/models--org--model/snapshots/abc"
+    assert is_same_model("org/model", offline) and not is_same_model("org/other", offline)
+
+
+def asked(model: object, served: object, method: str | None = None, revision: str | None = None):
     return sdfp_settings(
         SimpleNamespace(
             model=str(served),
+            revision=revision,
             speculative_config=None,
             spec_method=method,
             spec_model=str(model),
@@ -117,5 +146,8 @@ def test_the_served_model_itself_asks_for_its_plan(hub, model, tmp_path):
     assert asked(model, tmp_path / "large") is None  # a draft model that has a plan for itself
     assert asked(model, tmp_path / "large", "sdfp") == {"method": "sdfp", "model": str(model)}
     assert asked(ID, ID) is None
+    hub.push(ID, model, branch="v2")
+    assert asked(ID, ID) is None  # of another branch
+    assert asked(ID, ID, revision="v2") == {"method": "sdfp", "model": ID}
     hub.push(ID, model)
     assert asked(ID, ID) == {"method": "sdfp", "model": ID}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 from sdfp_vllm.cli.app import app
 from sdfp_vllm.common.machine import processor
 from sdfp_vllm.plan.parcel import HEAD_FILE, PLAN_FILE
-from sdfp_vllm.plan.store import load_parcel, load_plan
+from sdfp_vllm.plan.store import find_plan, load_parcel, load_plan
+from sdfp_vllm.planner import refresh
 from tests.unit.planner.test_job import SMALL, TEXT, save_tiny
 
 
@@ -70,17 +72,47 @@ def test_costs_are_this_machines_and_all_else_is_kept(made, tmp_path):
     assert [c.speedup for c in new.curve] != [c.speedup for c in old.curve]
 
 
-def test_in_place_with_the_model_at_another_path(made, tmp_path):
-    import shutil
-
+def test_a_shared_plan_beside_its_model_stays_and_this_machines_goes_first(made, tmp_path, monkeypatch):
     model, folder = made
-    shutil.copytree(folder, tmp_path / "plan")
-    shutil.copytree(model, tmp_path / "moved")
-    done = run("plan", tmp_path / "moved", "--refresh-costs", tmp_path / "plan", "--no-check")
+    monkeypatch.setenv("SDFP_CACHE_DIR", str(tmp_path / "cache"))
+    shutil.copytree(model, tmp_path / "moved")  # the path that the plan names is another
+    shared = Path(shutil.copytree(folder, tmp_path / "moved" / "sdfp"))
+    before = (shared / PLAN_FILE).read_bytes()
+    done = run("plan", "--refresh-costs", shared, "--no-check")
     assert done.exit_code == 0, done.output
-    plan = load_plan(tmp_path / "plan")
-    assert plan.model == str(tmp_path / "moved") and plan.costs.device != "NVIDIA L4"
-    assert sorted(f.name for f in (tmp_path / "plan").iterdir()) == sorted([PLAN_FILE, HEAD_FILE])
+    assert (shared / PLAN_FILE).read_bytes() == before
+    found = find_plan(str(tmp_path / "moved"))
+    assert found.plan.model == str(tmp_path / "moved") and found.plan.costs.device != "NVIDIA L4"
+    assert sorted(f.name for f in Path(found.source).iterdir()) == sorted([PLAN_FILE, HEAD_FILE])
+    assert "--speculative-model sdfp" in done.output
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(made, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(refresh, "load_target", lambda *_: pytest.fail("loaded"))
+    refused = run("plan", "--refresh-costs", made[1], "--no-check", "-o", tmp_path / "file" / "plan")
+    assert refused.exit_code == 2 and "cannot be written" in refused.stderr
+
+
+def test_another_view_is_named_only_where_it_would_be_faster(made):
+    plan = load_plan(made[1])
+    view = plan.view.branches
+    others = [c for c in plan.curve if c.view != view]
+    slow = [c.model_copy(update={"speedup": [1.0] + [0.9] * len(c.acceptance)}) for c in others]
+    own = [c for c in plan.curve if c.view == view]
+    prediction = plan.prediction.model_copy(update={"speedup": 1.2})
+    plan = plan.model_copy(update={"prediction": prediction, "curve": [*slow, *own]})
+    assert refresh._faster(plan) == (None, 0.0)
+    # Of none that pays, the first is no advice.
+    assert (
+        refresh._faster(
+            plan.model_copy(update={"prediction": prediction.model_copy(update={"speedup": 0.5})})
+        )[0]
+        is None
+    )
+    fast = own[0].model_copy(update={"attention": ["full"] * 4, "mlp": ["full"] * 4, "speedup": [1.0, 1.5]})
+    assert fast.view != view
+    assert refresh._faster(plan.model_copy(update={"curve": [*slow, fast]})) == (fast, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +141,6 @@ def test_refusals_leave_the_plan_as_it_was(made, tmp_path):
 
 def test_a_precision_without_a_kernel_here_is_named(made, tmp_path, monkeypatch):
     from sdfp_vllm.errors import SdfpError
-    from sdfp_vllm.planner import refresh
 
     def none_here(weights, dtype, asked):
         if asked != "auto":
