@@ -62,7 +62,11 @@ def test_a_fresh_node_serves_an_id_at_a_revision_from_a_cache_of_its_own(
             [sys.executable, "-m", "tests.support.fresh_node", json.dumps(settings)],
             env=os.environ
             | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-            | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
+            | {
+                "PYTHONPATH": os.pathsep.join(
+                    [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""), *sys.path]
+                )
+            },
             capture_output=True,
             text=True,
         )

@@ -144,7 +144,7 @@ def test_ranks_of_experts_that_would_wait_for_each_other(experts, ranks, is_refu
 
     asked = (
         SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=ranks),
-        SimpleNamespace(is_moe=experts),
+        SimpleNamespace(is_moe=experts, model="a model"),
     )
     if not is_refused:
         refuse_unsupported(SimpleNamespace(), *reversed(asked))
