@@ -21,6 +21,11 @@ def run(*arguments: object):
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(a) for a in arguments])
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDFP_CACHE_DIR", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module", name="made")
 def _made(tmp_path_factory) -> tuple[Path, Path]:
     """A model, and its plan as another machine would have made it: a layer takes a second there."""
