@@ -13,22 +13,17 @@ fixed setting could do, over the best of each phase. Plain vLLM answers too, for
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from sdfp_vllm.common.checkpoint import load_tokenizer
-from sdfp_vllm.common.machine import processor
-from sdfp_vllm.common.provenance import weights_of
+from sdfp_vllm.common.provenance import provenance, weights_of
 from sdfp_vllm.common.results_file import save_results
-from sdfp_vllm.common.source_tree import git_sha
 from sdfp_vllm.demo.questions import choose
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.measure.engines import run_engines
@@ -183,16 +178,11 @@ def main() -> None:
         save_results(
             asked.out,
             {
-                "date": str(date.today()),
-                "command": " ".join(["python -m benchmarks.studies.regret", *map(_name, sys.argv[1:])]),
+                **provenance(),
                 "model": model.name,
-                "provenance": weights_of(asked.model, model),
-                "machine": f"{processor()}, {torch.get_num_threads()} threads",
-                "vllm": plain.vllm_version,
-                "torch": torch.__version__,
+                "weights": weights_of(asked.model, model),
                 "engine": "eager" if asked.eager else "compiled",
                 "dtype": asked.dtype,
-                "git_sha": git_sha(),
                 "phases": [{"name": p.name, "requests": len(p.prompts), "batch": p.batch} for p in phases],
                 "best_fixed": best,
                 "rows": rows,
@@ -207,10 +197,6 @@ def _table(rows: Sequence[dict[str, Any]], phases: Sequence[Phase], best: str) -
     for r in rows:
         table.add_row(r["method"], *(f"{t:.1f}" for t in r["tokens_per_second"]), f"{r['regret']:+.1%}")
     return table
-
-
-def _name(argument: str) -> str:
-    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _arguments() -> argparse.Namespace:

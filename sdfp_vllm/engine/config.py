@@ -191,7 +191,7 @@ def warn_of_other_conditions(plan: SkipPlan, path: str, model_config: Any) -> No
     if plan.costs and here not in plan.costs.device:
         logger.warning(
             "The plan %s was measured on %s, and this is %s: how often drafts are accepted holds here too, what they cost was "
-            "not measured. `sdfp plan --refresh-costs %s` does that in about a minute.",
+            "not measured. `sdfp plan --refresh-costs %s` does that.",
             path,
             plan.costs.device,
             here,

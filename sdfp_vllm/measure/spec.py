@@ -21,9 +21,8 @@ class Turn(BaseModel):
     temperature: float = Field(default=0.0, ge=0.0)
     window: int | Literal["none"] | None = None  # last tokens that SDFP drafts see; None: as it is set up
     copies: bool | None = None  # whether a paced SDFP engine may copy from the context; None: as it is set up
-    drafts: int | None = Field(
-        default=None, ge=0
-    )  # so many a round with the model, whatever pacing says; None: paced
+    # So many a round with the model, whatever pacing says; None: paced.
+    drafts: int | None = Field(default=None, ge=0)
     streamed: bool = False  # the text of its one prompt is told while it is produced
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ Rounds on short contexts teach the factors, those on long ones what a token of c
 from __future__ import annotations
 
 from math import exp, log, log2
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,8 @@ class _Reading:
         self.first = self.more = 0.0
         self._times = 0
 
-    def ms(self, context: float, requests: int, extra: int) -> float:
+    def ms(self, context: float, requests: Any, extra: Any) -> Any:
+        """For numbers of rows, or arrays of them."""
         return context * (self.first * requests + self.more * extra)
 
     def observe(self, expected: float, ms: float, context: float, requests: int, extra: int) -> None:
@@ -114,7 +116,7 @@ class LiveCosts:
             count = np.arange(1, len(self._planned))
             known = self._planned[1:] * self._verify.factors(len(self._planned) - 1)
             requests = np.minimum(count, self._requests)
-            read = self._context * (self._read.first * requests + self._read.more * (count - requests))
+            read = self._read.ms(self._context, requests, count - requests)
             self._verify_ms = [0.0, *(known + read).tolist()]
         return self._verify_ms[rows]
 

@@ -29,7 +29,7 @@ from sdfp_vllm.planner.head_search import check_head
 from sdfp_vllm.planner.options import DTYPES, PlanOptions
 from sdfp_vllm.planner.prospects import refuse_hopeless
 from sdfp_vllm.planner.rollout import greedy_continuations
-from sdfp_vllm.planner.rounded import fused_linears, usable_precisions
+from sdfp_vllm.planner.rounded import layer_products, usable_precisions
 from sdfp_vllm.planner.scores import with_rounding
 from sdfp_vllm.planner.search import MAX_TRIED, check_request
 from sdfp_vllm.planner.stack import DecoderStack, load_target
@@ -114,11 +114,7 @@ def _costs(work: Work, stack: DecoderStack) -> Costs:
     """Times of this machine: the kernels', and what the engine adds to them."""
     options = work.options
     with work.bar.step("Costs on this machine", 1):
-        weights = [
-            w
-            for b in (stack.layers[0].self_attn, stack.layers[0].mlp)
-            for w in fused_linears(b)  # type: ignore[arg-type]
-        ]
+        weights = layer_products(stack.layers[0])
         dtype = next(stack.head.parameters()).dtype
         precisions = usable_precisions(weights, dtype, options.precision)
         rows = (options.draft_tokens or MAX_TRIED) + 1

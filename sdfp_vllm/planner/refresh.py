@@ -28,8 +28,8 @@ from sdfp_vllm.planner.cost import measure_bridge_ms, measure_costs
 from sdfp_vllm.planner.engine_check import overheads_of
 from sdfp_vllm.planner.head import measure_heads
 from sdfp_vllm.planner.options import DTYPES, PlanOptions
-from sdfp_vllm.planner.rounded import fused_linears, usable_precisions
-from sdfp_vllm.planner.search import BATCH_SIZES, MAX_TRIED, WORTHWHILE
+from sdfp_vllm.planner.rounded import layer_products, usable_precisions
+from sdfp_vllm.planner.search import MAX_TRIED, WORTHWHILE, lengths_by_batch
 from sdfp_vllm.planner.stack import DecoderStack, load_target
 from sdfp_vllm.planner.work import writable
 
@@ -133,11 +133,7 @@ def _measured(stack: DecoderStack, parcel: PlanParcel, rows: int) -> Costs:
     """This machine's times for every precision there is a kernel for, of which the plan's must be some."""
     plan = parcel.plan
     head = plan.view.head
-    weights = [
-        w
-        for branch in (stack.layers[0].self_attn, stack.layers[0].mlp)
-        for w in fused_linears(branch)  # type: ignore[arg-type]
-    ]
+    weights = layer_products(stack.layers[0])
     dtype = next(stack.head.parameters()).dtype
     usable = usable_precisions(weights, dtype, "auto")
     for needed in sorted({*plan.used_precisions(), head.precision} - {"full", *usable}):
@@ -176,10 +172,7 @@ def _priced(plan: SkipPlan, costs: Costs, rates: list[float]) -> SkipPlan:
     lengths = range(1, len(rates) + 1)
     if plan.draft_tokens_by_batch:
         best = max(lengths, key=lambda k: costs.speedup(view, k, tokens[k]))
-        table = []
-        for batch in BATCH_SIZES:
-            gains = [costs.speedup(view, k, tokens[k], batch) for k in range(best + 1)]
-            table.append((batch, max(range(best + 1), key=gains.__getitem__)))
+        table = lengths_by_batch(view, tokens[: best + 1], costs)
     else:  # the user fixed the length
         best, table = min(plan.num_speculative_tokens, len(rates)), []
     speedup = costs.speedup(view, best, tokens[best])

@@ -31,6 +31,11 @@ def fused_linears(branch: nn.Module) -> list[Tensor]:
     return weights + [linear.weight.detach() for linear in linears.values()]
 
 
+def layer_products(layer: Any) -> list[Tensor]:
+    """Weights [N, K] of all products of a decoder layer."""
+    return [weight for branch in (layer.self_attn, layer.mlp) for weight in fused_linears(branch)]
+
+
 def rounded_product(weight: Tensor, precision: Precision) -> Callable[[Tensor], Tensor]:
     """The engine's product with `weight` [N, K] at `precision`: [M, K] -> [M, N]."""
     return RoundedLinear(weight.detach(), None, precision, name="a draft's cost")

@@ -264,6 +264,7 @@ def _ceiling(view: KeepSet, rates: Sequence[float], cost: Costs, lengths: Sequen
 def choice(best: Trial, curve: list[Candidate], cost: Costs, draft_tokens: int | None) -> Choice:
     """The search's result once `best` has won; `draft_tokens` as the user fixed it."""
     rounds = best.runs.rounds(best.draft_tokens)
+    tokens = [1.0] + [best.runs.rounds(k).mean_accepted_length for k in range(1, best.draft_tokens + 1)]
     return Choice(
         keep=best.keep,
         draft_tokens=best.draft_tokens,
@@ -275,7 +276,7 @@ def choice(best: Trial, curve: list[Candidate], cost: Costs, draft_tokens: int |
         ),
         worthwhile=best.speedup > WORTHWHILE,
         curve=curve,
-        by_batch=[] if draft_tokens else _by_batch(best, cost),
+        by_batch=[] if draft_tokens else lengths_by_batch(best.keep, tokens, cost),
     )
 
 
@@ -324,12 +325,14 @@ def candidate(keep: KeepSet, runs: AcceptedRuns, cost: Costs) -> Candidate:
     )
 
 
-def _by_batch(best: Trial, cost: Costs) -> list[tuple[int, int]]:
-    """Every row of a batch costs verification, so drafts shorten as it grows; never above the best length."""
-    longest = best.draft_tokens
-    tokens = [1.0] + [best.runs.rounds(k).mean_accepted_length for k in range(1, longest + 1)]
+def lengths_by_batch(view: KeepSet, tokens: Sequence[float], cost: Costs) -> list[tuple[int, int]]:
+    """Every row of a batch costs verification, so drafts shorten as it grows; never above the best length.
+
+    Args:
+        tokens: That a round of 0, 1, ... drafts yields, up to the best length.
+    """
     table: list[tuple[int, int]] = []
     for batch in BATCH_SIZES:
-        gain = [cost.speedup(best.keep, k, tokens[k], batch) for k in range(longest + 1)]
-        table.append((batch, max(range(longest + 1), key=gain.__getitem__)))
+        gain = [cost.speedup(view, k, tokens[k], batch) for k in range(len(tokens))]
+        table.append((batch, max(range(len(tokens)), key=gain.__getitem__)))
     return table
