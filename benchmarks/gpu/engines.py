@@ -31,7 +31,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parents[1] / "results" / "gpu.json"
+from benchmarks.common.published import RESULTS
+
+RESULT = RESULTS / "gpu.json"
 # Qwen3's shapes; tiny is for trying out.
 _COMMON = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128)
 SHAPES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,6 @@ import platform
 import subprocess
 import sys
 from datetime import date
-from pathlib import Path
 
 import torch
 import transformers
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from benchmarks.common.published import RESULTS
 from sdfp_vllm.planner.calibration import load_calibration
 from sdfp_vllm.planner.fisher import fisher_scores
 from sdfp_vllm.planner.rollout import DraftRollout, greedy_continuations
@@ -32,7 +32,7 @@ from tests import toy
 from tests.toy.held_out import held_out_prompts
 
 MODEL = toy.MODEL
-RESULT = Path(__file__).parent / "results" / "demo_agreement.json"
+RESULT = RESULTS / "demo_agreement.json"
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "fit_memory.json"
+from benchmarks.common.published import RESULTS
+
+RESULT = RESULTS / "fit_memory.json"
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 512,

@@ -29,13 +29,14 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.published import RESULTS
 from benchmarks.studies.fit_memory import SIZES
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.plan.fingerprint import fingerprint
 from sdfp_vllm.planner.ray_fisher import FisherJob, ray_fisher_sums
 from sdfp_vllm.ray.cluster import RayOptions, ray_cluster
 
-RESULT = Path(__file__).parent / "results" / "fit_ray.json"
+RESULT = RESULTS / "fit_ray.json"
 VOCABULARY = 2048
 
 

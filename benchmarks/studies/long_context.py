@@ -95,6 +95,7 @@ def main() -> None:
         "torch": torch.__version__,
         "engine": "eager" if asked.eager else "compiled",
         "dtype": asked.dtype,
+        "kv_cache_dtype": asked.kv_cache_dtype,
         "kv_bytes_per_token": measured["plain"].kv_bytes_per_token,
         "git_sha": git_sha(),
         "plan": load_plan(plan).model_dump(
@@ -130,6 +131,7 @@ def _spec(
             "max_num_seqs": max(asked.batches),
             "enforce_eager": asked.eager,
             "enable_prefix_caching": True,
+            "kv_cache_dtype": asked.kv_cache_dtype,
         },
         environment={"VLLM_CPU_KVCACHE_SPACE": str(kv_gigabytes(model, asked.dtype, room))},
     )
@@ -202,6 +204,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=4, help="documents")
     parser.add_argument("--tokens", type=int, default=128, help="that each is continued by")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of all engines, plain vLLM's too")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -106,6 +106,42 @@ def whole_of(turns: list[TurnMeasurement]) -> TurnMeasurement:
     return Measurement(turns=turns, start_seconds=0.0, kv_bytes_per_token=None, vllm_version="").whole
 
 
+def rows_of(
+    measured: dict[str, list[TurnMeasurement]],
+    groups: Sequence[tuple[int, list[list[int]]]],
+    phases: int,
+    want: list[list[int]],
+) -> tuple[list[dict[str, Any]], str]:
+    """The results' rows, and the name of the best fixed setting.
+
+    Args:
+        measured: The turns of each setting, one a group of requests.
+        want: Plain vLLM's texts.
+    """
+    spent = {name: seconds_of(made, groups, phases) for name, made in measured.items()}
+    fixed = [name for name in spent if name not in (PACED, DEFAULT)]
+    total = {name: sum(times) for name, times in spent.items()}  # every phase weighs the same
+    best = min(fixed, key=total.__getitem__)
+    hindsight = [min(spent[name][i] for name in fixed) for i in range(phases)]
+    rows = []
+    for name, times in spent.items():
+        whole = whole_of(measured[name])
+        rows.append(
+            {
+                "method": name,
+                "tokens_per_second": [round(1 / t, 2) for t in times],
+                "regret_by_phase": [round(t / h - 1, 3) for t, h in zip(times, hindsight, strict=True)],
+                "regret": round(total[name] / total[best] - 1, 4),
+                "regret_to_best_of_each_phase": round(total[name] / sum(hindsight) - 1, 4),
+                "acceptance_rate": whole.acceptance_rate,
+                "tokens_per_round": whole.mean_accepted_length,
+                "identical_texts": sum(a == b for a, b in zip(whole.token_ids, want, strict=True)),
+                "texts": len(want),
+            }
+        )
+    return rows, best
+
+
 def main() -> None:
     asked = _arguments()
     model = Path(asked.model)
@@ -153,26 +189,7 @@ def main() -> None:
     for g, names in enumerate(order):
         for name, turn in zip(names, ours.turns[each * g + 1 : each * (g + 1)], strict=True):
             measured[name].append(turn)
-    spent = {name: seconds_of(made, groups, len(phases)) for name, made in measured.items()}
-    fixed = [name for name in spent if name not in (PACED, DEFAULT)]
-    whole = {name: sum(times) for name, times in spent.items()}  # every phase weighs the same
-    best = min(fixed, key=whole.__getitem__)
-    hindsight = [min(spent[name][i] for name in fixed) for i in range(len(phases))]
-    want = plain.whole.token_ids
-    rows = [
-        {
-            "method": name,
-            "tokens_per_second": [round(1 / t, 2) for t in times],
-            "regret_by_phase": [round(t / h - 1, 3) for t, h in zip(times, hindsight, strict=True)],
-            "regret": round(whole[name] / whole[best] - 1, 4),
-            "regret_to_best_of_each_phase": round(whole[name] / sum(hindsight) - 1, 4),
-            "acceptance_rate": measured[name].whole.acceptance_rate,
-            "tokens_per_round": measured[name].whole.mean_accepted_length,
-            "identical_texts": sum(a == b for a, b in zip(measured[name].whole.token_ids, want, strict=True)),
-            "texts": len(want),
-        }
-        for name, times in spent.items()
-    ]
+    rows, best = rows_of(measured, groups, len(phases), plain.whole.token_ids)
     Console(width=180).print(_table(rows, phases, best))
     if asked.out:
         save_results(

@@ -1,9 +1,10 @@
 """Replays the pacing policy over recorded texts and drafts: what its decisions come to, in a second instead of an hour.
 
-    python -m benchmarks.studies.replay_pacing                    # 33 tokens a request, as in the suite
-    python -m benchmarks.studies.replay_pacing --new-tokens 129
+    sdfp plan tests/toy/model -o PLAN
+    python -m benchmarks.studies.replay_pacing PLAN                    # 33 tokens a request, as in the suite
+    python -m benchmarks.studies.replay_pacing PLAN --new-tokens 129
 
-The demo target writes its greedy texts once, and the layers that draft in the plan of `benchmarks/results/latest.json`
+The toy target writes its greedy texts once, and the layers that draft in the plan
 draft 16 tokens from every position of them, at the plan's precisions and with all tokens in the head (a minute on one
 core; acceptance is that of the cost-scaled copy, which computes the same but for what is rounded). Then requests are served on paper, with the costs of that plan: in batches that start together
 (`static`) and with others waiting for every place (`queue`). Shown are tokens a second over plain decoding's, on paper: the
@@ -13,7 +14,6 @@ mean over the seeds, the least and the most. Nothing here is a measured speed; `
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ from benchmarks.toy.workloads import CODE, COPY, NOISE, PROSE, Cell, turn
 from sdfp_vllm.pacing.ngram import latest_longest_match
 from sdfp_vllm.pacing.policy import GREEDY, DraftPolicy, Row
 from sdfp_vllm.pacing.record import Pacing
-from sdfp_vllm.plan.schema import SkipPlan, StoredView
+from sdfp_vllm.plan.schema import StoredView
+from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.planner.bridged_stack import bridging
 from sdfp_vllm.planner.head import RolledHead
 from sdfp_vllm.planner.rollout import DraftRollout, greedy_continuations
@@ -34,7 +35,6 @@ from sdfp_vllm.planner.shared_attention import rollout_attention
 from sdfp_vllm.planner.stack import DecoderStack, load_target
 from tests.toy.scaled import PACKAGED
 
-LATEST = Path(__file__).parent / "results" / "latest.json"
 LONGEST = 16
 REQUESTS = 16  # of each kind and seed
 KINDS = (CODE, PROSE, COPY, NOISE)
@@ -118,12 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("plan", type=Path, help="a plan's folder")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=33)
     asked = parser.parse_args()
-    plan = SkipPlan.model_validate(json.loads(LATEST.read_text())["plan"] | {"scores": [], "curve": []})
+    plan = load_plan(asked.plan)
     pacing = plan.pacing
     assert pacing is not None
     texts = {

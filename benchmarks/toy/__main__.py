@@ -30,6 +30,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.common.published import RESULTS
 from benchmarks.toy.engines import (
     DIALLED,
     DRAFT_MODEL,
@@ -58,7 +59,6 @@ from sdfp_vllm.plan.show import parts
 from sdfp_vllm.planner.job import make_plan
 from tests.toy.scaled import demo_cache, demo_draft, demo_target
 
-RESULTS = Path(__file__).parents[1] / "results"
 DEMO = "demo target, cost-scaled to 0.32B"
 WARM_UP = list(range(300, 332))
 

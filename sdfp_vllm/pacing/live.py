@@ -24,6 +24,7 @@ _FURTHEST = 0.7  # a time counts as at most this far from what is known (in loga
 _LONG = 1024.0  # tokens of context from which on a time teaches what they cost, and below which all else
 _LONG_SLOWEST = 1 / 8  # contexts change with every request
 _LEAST = 0.3  # of a time, what a short context leaves to all else
+_ONE_READING = 64  # K/V are read once for all rows of a request: an error is sooner that of `first`; ratio of variances
 _UNKNOWN, _FURTHEST_UNKNOWN = 8, 1.5  # for so many times at first, what they cost is not known at all
 
 
@@ -67,6 +68,11 @@ class _Reading:
         self.first = self.more = 0.0
         self._times = 0
 
+    @property
+    def known(self) -> bool:
+        """Whether there was a time."""
+        return self._times > 0
+
     def ms(self, context: float, requests: Any, extra: Any) -> Any:
         """For numbers of rows, or arrays of them."""
         return context * (self.first * requests + self.more * extra)
@@ -77,8 +83,8 @@ class _Reading:
         furthest = exp(_FURTHEST_UNKNOWN if self._times <= _UNKNOWN else _FURTHEST)
         error = max(expected / furthest, min(ms, expected * furthest)) - expected
         weight = max(_LONG_SLOWEST, 1 / self._times)
-        step = weight * error / (context * (requests**2 + extra**2))
-        self.first = max(0.0, self.first + step * requests)
+        step = weight * error / (context * (_ONE_READING * requests**2 + extra**2))
+        self.first = max(0.0, self.first + step * _ONE_READING * requests)
         self.more = max(0.0, self.more + step * extra)
 
 
@@ -124,6 +130,24 @@ class LiveCosts:
         """One draft step for `batch` requests."""
         known = self.plan.step_ms(batch) * float(self._step.factors(batch)[-1])
         return known + self._read_by_step.ms(self._seen, batch, 0)
+
+    def shares(self, batch: int, context: float, seen: float) -> tuple[float, float]:
+        """Milliseconds that one request of a batch takes of a verification, and of one more draft: its step and its row.
+
+        Args:
+            context: Tokens of context that it has.
+            seen: How many of them its draft steps read.
+        """
+        known = self._verify.factors(2 * batch)
+        verify = self._planned_ms(batch) * float(known[batch - 1])
+        row = max(self._planned_ms(2 * batch) * float(known[-1]) - verify, 0.0)
+        step = self.plan.step_ms(batch) * float(self._step.factors(batch)[-1])
+        # Until drafts have read long contexts, a token takes them what it takes the target: they read the same K/V.
+        read = self._read_by_step if self._read_by_step.known else self._read
+        return (
+            verify / batch + self._read.ms(context, 1, 0),
+            (step + row) / batch + read.ms(seen, 1, 0) + self._read.ms(context, 0, 1),
+        )
 
     def plain_rate(self, batch: int) -> float:
         """Tokens per millisecond of plain decoding, all requests together."""

@@ -4,10 +4,10 @@ A round of decoding yields one token a request and the drafts accepted, and cost
 the verification of all rows. With `rate`, the tokens per millisecond that rounds of this batch size
 have yielded lately, one more draft pays exactly if
 
-    chance that it counts  >  CAUTION * rate * milliseconds it adds
+    chance that it counts  >  rate * milliseconds it adds
 
 (the optimal-stopping rule of a renewal-reward process: stop where the marginal yield falls below the
-average one). The chance that draft j counts is the product of the chances of drafts 1..j. Before a
+average one), and by CAUTION more where that rate is hardly plain decoding's. The chance that draft j counts is the product of the chances of drafts 1..j. Before a
 step is run the next draft's chance is that of its position; once it is run, that of its confidence.
 
 Exact for sampled requests: whether a token is drafted or kept depends on what stood before it and on
@@ -29,10 +29,12 @@ from sdfp_vllm.pacing.options import Options, best_copy
 from sdfp_vllm.pacing.pauses import Pauses
 from sdfp_vllm.pacing.places import Places
 from sdfp_vllm.pacing.record import Pacing, confidence_bin
+from sdfp_vllm.pacing.sights import Sights
 
 # Rounds that a rate is averaged over.
 RATE_MEMORY = 32.0
-# What a draft must earn over its price: chances and costs are estimates.
+# Drafting must be this much faster than plain decoding: chances and costs are estimates. Where it is, what else a draft must earn
+# would only be lost.
 CAUTION = 1.1
 # Share of a batch's tokens that is lost to luck where places are not taken: of requests with equal chances some fall behind,
 # and the rounds that these still need are for few.
@@ -53,6 +55,7 @@ class Row:
         ahead: Tokens a round that it got of late, over its batch's mean.
         drafts: Drafts kept so far; of a row that copies, the length of the copy.
         copies: Whether its drafts are the match's tokens.
+        whole: Whether its drafts see all of its context, whatever the window.
         chance: That all its drafts so far are accepted.
         bins: Confidence bins of its model drafts, for the reckoning.
     """
@@ -63,6 +66,7 @@ class Row:
     ahead: float = 1.0
     drafts: int = 0
     copies: bool = False
+    whole: bool = False
     chance: float = 1.0
     bins: list[int] = field(default_factory=list)
     drafting: bool = False
@@ -85,7 +89,7 @@ class Round:
         self.batch = len(rows)
         self.steps = 0
         waiting = sum(1 / row.ahead for row in rows) / len(rows)
-        self.price = CAUTION * waiting * policy.rate([row.kind or GREEDY for row in rows])
+        self.price = waiting * policy.worth_of_ms([row.kind or GREEDY for row in rows])
         self._verified = self.batch
         self.first_step = False
         policy.assign(self)
@@ -160,6 +164,7 @@ class DraftPolicy:
         self._rates: dict[tuple[int, int], Average] = {}
         self._pauses = Pauses()
         self.places = Places()
+        self.sights = Sights(plan.acceptance[0], longest)
 
     # ------------------------------------------------------------ what is known
     def rate(self, kinds: Sequence[int]) -> float:
@@ -168,6 +173,10 @@ class DraftPolicy:
         What a millisecond is worth in tokens: it is what an accepted draft saves."""
         batch, plain = len(kinds), self.costs.plain_rate(len(kinds))
         return max(sum(self._rate(batch, kind).value for kind in kinds) / batch, 1.0) * plain
+
+    def worth_of_ms(self, kinds: Sequence[int]) -> float:
+        """What a millisecond has to bring in tokens: the rate, and where that is hardly plain decoding's, somewhat more."""
+        return max(self.rate(kinds), CAUTION * self.costs.plain_rate(len(kinds)))
 
     def _rate(self, batch: int, kind: int) -> Average:
         """Tokens per request of a kind in the time of a plain step, in rounds of about this batch size.

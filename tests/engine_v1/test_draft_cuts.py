@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdfp_vllm.engine.v1 import proposer
-from sdfp_vllm.engine.v1.pacer import DraftStep
+from sdfp_vllm.engine.v1.draft_step import DraftStep
 from tests.support.engines import engine, pacing_by_hand, runner, spec_counters, write_plan
 
 pytestmark = pytest.mark.engine

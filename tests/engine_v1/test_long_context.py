@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sdfp_vllm.engine.inspect_engine import fix_drafts
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.schema import StoredView
 from sdfp_vllm.plan.window import DraftWindow
@@ -142,6 +143,35 @@ def test_up_to_that_length_nothing_changes_to_the_bit(llm, texts, plain):
         rows.append([h[0] for h in reads.hidden if len(h) == 2])
     assert reads.gapped > 0 and len(rows[0]) >= 5 * K
     assert all(a.equal(b) for a, b in zip(*rows, strict=True))
+
+
+def test_some_of_a_batch_see_past_the_window(target, kept, texts, plain, tmp_path):
+    """Where drafts are paced it is each request's own; here every other one's, by turns."""
+    view = StoredView.of(KeepSet.of(kept), 16, window=DraftWindow(last=20))
+    plan = write_plan(
+        target, tmp_path, kept, K, view=view, **costs_by_hand(pacing_by_hand(), 16, view.branches)
+    )
+    with engine(target, {"method": "sdfp", "model": plan, "ngram": False}, **SETTINGS) as llm:
+        fix_drafts(llm, K)  # so that no clock has a say in how many there are
+        sights = runner(llm).drafter.pacer.policy.sights
+        observed = []
+        with watched(llm) as reads:
+
+            def choose(requests, held, seen, costs):
+                first = len(reads.hidden) % 2
+                reads.whole = [
+                    h > s and (i + first) % 2 == 0 for i, (h, s) in enumerate(zip(held, seen, strict=True))
+                ]
+                return reads.whole
+
+            sights.choose = choose
+            sights.observe = lambda request, whole, right, tried: observed.append((whole, right, tried))
+            assert_identical(tokens(llm, texts, max_tokens=NEW), plain)
+    assert reads.wrong == [] and reads.gapped > 200
+    for seen_whole in (False, True):
+        told = [(right, tried) for whole, right, tried in observed if whole == seen_whole]
+        assert sum(tried for _, tried in told) > 50
+        assert 0 < sum(right for right, _ in told) < sum(tried for _, tried in told)
 
 
 def test_a_window_of_a_layers_own_is_kept(tmp_path):

@@ -31,6 +31,7 @@ from tests.support.engines import (
     spec_counters,
     write_plan,
 )
+from tests.support.media_requests import many_requests, video_requests
 from tests.support.tiny_multimodal import (
     TINY,
     mixed_requests,
@@ -53,6 +54,7 @@ SETTINGS: dict[str, Any] = dict(
     skip_mm_profiling=True,  # with the largest image that a processor takes
 )
 LAYERS = 4
+FILMED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def kinds(every: tuple[str, ...], more: tuple[str, ...] = (), of: tuple[str, ...] = tuple(TINY)) -> list[Any]:
@@ -186,6 +188,42 @@ def test_copies_take_no_token_of_an_image(kind, models, tmp_path, monkeypatch):
         assert found and runner(llm).drafter.pacer.tally.model_drafts > 0
     assert seen and all((context == NO_TEXT).any() for context in seen)
     assert all(token_id(TINY[kind].embedded) not in context[:-48] for context in seen)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "idefics3"])
+def test_two_hundred_mixed_requests(kind, models, tmp_path):
+    """One call of 200 requests, no two alike: batches of 32 that are never the same, prompts cut anywhere."""
+    model, requests = models(kind), many_requests(kind, 200)
+    counts = [len(r.get("multi_modal_data", {}).get("image", [])) for r in requests]
+    assert {0, 1, 2, 3} == set(counts)
+    wide = SETTINGS | dict(max_num_seqs=32, max_num_batched_tokens=512)
+    with engine(model, **wide) as llm:
+        want = answers(llm, requests, max_tokens=8)
+    assert len({tuple(w) for w in want}) > 150, "answers that are alike show little"
+    some = write_plan(model, tmp_path / "some", KeepSet(layers=(0, 3), attention=(1,), mlp=(2,)), k=3)
+    with engine(model, {"method": "sdfp", "model": some}, **wide) as llm:
+        assert_identical(answers(llm, requests, max_tokens=8), want)
+        assert 0 < spec_counters(llm)["num_accepted_tokens"] < spec_counters(llm)["num_draft_tokens"]
+
+
+@pytest.mark.parametrize("kind", kinds(("qwen2_vl",), more=("qwen2_5_vl", "qwen3_vl"), of=FILMED))
+def test_videos(kind, models, tmp_path, monkeypatch):
+    """Videos beside images and text: their tokens have times for positions, and drafts go on behind them."""
+    model, requests = models(kind), video_requests(kind)
+    filmed = SETTINGS | dict(limit_mm_per_prompt={"image": 1, "video": 2})
+    with engine(model, **filmed) as llm:
+        want = answers(llm, requests)
+    assert len({tuple(w) for w in want}) == len(want), "videos that do not matter show nothing"
+    everything = write_plan(model, tmp_path / "all", range(LAYERS), k=3)
+    chunked = filmed | dict(max_num_batched_tokens=16, max_num_seqs=4)
+    with engine(model, {"method": "sdfp", "model": everything}, **chunked) as llm:
+        assert_identical(answers(llm, requests) + answers(llm, requests), want * 2)
+        assert metric(llm, "prefix_cache_hits") > 0
+        assert accepted(llm) >= 0.97
+    monkeypatch.setattr(RotaryPositions, "begin", lambda self, requests, names: None)
+    with engine(model, {"method": "sdfp", "model": everything}, **filmed) as llm:
+        assert_identical(answers(llm, requests), want)
+        assert accepted(llm) < 0.9, "positions without the request's delta would show"
 
 
 @pytest.mark.slow

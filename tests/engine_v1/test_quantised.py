@@ -15,14 +15,16 @@ import torch
 
 from tests.support.engines import assert_identical, engine, spec_counters, write_plan
 from tests.support.quantised import quantise
+from tests.support.window_reads import watched
 
 pytestmark = pytest.mark.engine
 
 NEAR_TIE = 0.05  # difference of log-probabilities; half of all tokens are chosen by more than 1
-CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "int8 weights and activations": ("w8a8", {}),
-    "int4 weights": ("w4a16", {"dtype": "bfloat16"}),  # vLLM has no float32 kernel for these
-    "fp8 KV cache": (None, {"kv_cache_dtype": "fp8"}),
+CASES: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {  # weights, engine, speculative_config
+    "int8 weights and activations": ("w8a8", {}, {}),
+    "int4 weights": ("w4a16", {"dtype": "bfloat16"}, {}),  # vLLM has no float32 kernel for these
+    "fp8 KV cache": (None, {"kv_cache_dtype": "fp8"}, {}),
+    "a window of an fp8 KV cache": (None, {"kv_cache_dtype": "fp8", "block_size": 32}, {"window": 20}),
 }
 # For int4 weights and fp8 KV caches vLLM has kernels on x86 with AVX-512 alone.
 NEED_AVX512 = pytest.mark.skipif(
@@ -50,15 +52,19 @@ def answers(llm, prompts) -> list[list[dict[int, float]]]:
     "case", [pytest.param(c, marks=[] if c.startswith("int8") else NEED_AVX512) for c in CASES]
 )
 def test_same_tokens_but_for_near_ties(target, prompts, kept, tmp_path, case):
-    scheme, settings = CASES[case]
+    scheme, settings, drafting = CASES[case]
     model: Path = quantise(target, tmp_path / "model", scheme) if scheme else target
     plan = write_plan(model, tmp_path / "plan", kept, k=3)
     with engine(model, **settings) as llm:
         plain = answers(llm, prompts[:24])
-    with engine(model, {"method": "sdfp", "model": plan}, **settings) as llm:
+    with (
+        engine(model, {"method": "sdfp", "model": plan, **drafting}, **settings) as llm,
+        watched(llm) as reads,
+    ):
         got = [[next(iter(row)) for row in answer] for answer in answers(llm, prompts[:24])]
         counters = spec_counters(llm)
     assert 0 < counters["num_accepted_tokens"] < counters["num_draft_tokens"]
+    assert reads.wrong == [] and (reads.gapped > 50) == bool(drafting)
     want = [[next(iter(row)) for row in answer] for answer in plain]
     same = [i for i in range(len(want)) if got[i] == want[i]]
     assert_identical([got[i] for i in same], [want[i] for i in same])

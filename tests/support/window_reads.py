@@ -19,6 +19,7 @@ class Reads:
         rows: Requests over draft steps and layers.
         gapped: Those of them that did not see all of their context.
         hidden: What each draft step's forward gave.
+        whole: Rows of the round that see all of their context, whatever the window; set by who decides it.
     """
 
     def __init__(self, llm: Any, own_window: set[str]):
@@ -27,6 +28,7 @@ class Reads:
         self.rows = self.gapped = 0
         self.hidden: list[torch.Tensor] = []
         self.wrong: list[tuple[str, int]] = []
+        self.whole: list[bool] = []
         self._computed: list[int] = []
 
     def round(self, propose: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +48,8 @@ class Reads:
             for row, (position, computed) in enumerate(zip(positions, self._computed, strict=True)):
                 if slots[name][row] < 0:  # past the last position
                     continue
-                window = None if name in self.own_window else self.drafter.window
+                all_ = name in self.own_window or (self.whole and self.whole[row])
+                window = None if all_ else self.drafter.window
                 want = [slot(whole[row], p, size) for p in positions_seen(window, computed, position, size)]
                 got = [slot(built.block_table[row], q, size) for q in range(int(built.seq_lens[row]))]
                 if got != want or got[-1] != int(slots[name][row]):

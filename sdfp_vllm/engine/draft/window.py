@@ -9,7 +9,7 @@ Slots are computed from the unedited table, so what a draft writes goes where it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,17 +64,24 @@ class WindowedMetadata:
 
     Args:
         cad: Of one query per request, before the first draft step.
+        whole: Requests that are left as they are; none where empty.
     """
 
-    def __init__(self, window: DraftWindow, cad: CommonAttentionMetadata, block_size: int):
+    def __init__(
+        self, window: DraftWindow, cad: CommonAttentionMetadata, block_size: int, whole: Sequence[bool] = ()
+    ):
         gap = gaps(window, cad.seq_lens, block_size)
+        if any(whole):
+            gap = gap.masked_fill(torch.tensor(whole, device=gap.device), 0)
         self._table = without_gaps(window, cad.block_table_tensor, gap, block_size)
         self._tokens = gap * block_size
-        self._longest = longest_seen(window, block_size)
+        # With one that is left as it is, all lengths may be as long as they were.
+        self._longest = None if any(whole) else longest_seen(window, block_size)
 
     def at(self, cad: CommonAttentionMetadata, step: int) -> CommonAttentionMetadata:
         """`cad`, which has been moved on to draft step `step` (from 1), as the window shows it."""
-        most, upper = self._longest + step, cad.seq_lens_cpu_upper_bound
+        upper = cad.seq_lens_cpu_upper_bound
+        most = cad.max_seq_len if self._longest is None else self._longest + step
         changes: dict[str, Any] = {
             "block_table_tensor": self._table,
             # Past the model's maximum length vLLM sets a length of 1.
@@ -83,6 +90,22 @@ class WindowedMetadata:
             "seq_lens_cpu_upper_bound": None if upper is None else upper.clamp_max(most),
         }
         return replace(cad, **changes)
+
+
+def windowed(
+    window: DraftWindow | None,
+    groups: Mapping[int, CommonAttentionMetadata],
+    block_sizes: Mapping[int, int],
+    whole: Sequence[bool],
+) -> dict[int, WindowedMetadata]:
+    """What layers that read through the window get instead, by KV cache group; empty where none has a gap."""
+    if window is None or (whole and all(whole)):
+        return {}
+    return {
+        gid: WindowedMetadata(window, cad, block_sizes[gid], whole)
+        for gid, cad in groups.items()
+        if reaches(window, cad.max_seq_len)
+    }
 
 
 def narrowed_layers(window: DraftWindow | None, vllm_config: VllmConfig, names: Iterable[str]) -> set[str]:

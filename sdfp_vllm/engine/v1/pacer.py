@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,21 +20,11 @@ import torch
 from sdfp_vllm.engine.metrics import CountedDrafts, counts_of
 from sdfp_vllm.engine.request_limits import is_ruled, limits
 from sdfp_vllm.engine.upstream.symbols import SamplingMetadata
+from sdfp_vllm.engine.v1.draft_step import GREEDY_BELOW, DraftStep
 from sdfp_vllm.engine.v1.media import without_media
 from sdfp_vllm.pacing.ngram import latest_longest_match
 from sdfp_vllm.pacing.paces import Paces
 from sdfp_vllm.pacing.policy import GREEDY, RULED, SAMPLED, DraftPolicy, Round, Row
-
-GREEDY_BELOW = 1e-5  # vLLM's own bound: a lower temperature is greedy
-
-
-@dataclass(frozen=True)
-class DraftStep:
-    """What one draft step gave: int64 [batch] tokens, their distributions where sampled, float32 [batch] confidence."""
-
-    tokens: torch.Tensor
-    probs: torch.Tensor | None
-    confidence: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,12 +109,16 @@ class Pacer:
         return not sampling.generators
 
     def propose(
-        self, verified: Verified, steps: Iterator[DraftStep], sampling: SamplingMetadata
+        self,
+        verified: Verified,
+        drafting: Callable[[Sequence[bool]], Iterator[DraftStep]],
+        sampling: SamplingMetadata,
     ) -> tuple[list[list[int]], torch.Tensor | None]:
         """Settles the last round, decides the next and runs what draft steps it wants.
 
         Args:
-            steps: Runs one draft step for the whole batch at each `next`.
+            drafting: Gives draft steps of the whole batch, run at each `next`, in which these requests see all of their context
+                whatever the window.
 
         Returns:
             The drafts per request, and their distributions, float32 [batch, longest, vocabulary], where sampled.
@@ -136,7 +130,8 @@ class Pacer:
         if settled and self.timed:
             self.policy.costs.verified(count, (came - self._left) * 1e3)
         rows = self._rows(verified, sampling)
-        round = self.policy.begin(rows, *self._contexts(verified))
+        round = self.policy.begin(rows, *self._sights(verified, ids, rows))
+        steps = drafting([row.whole for row in rows])
         drafts: list[list[int]] = [
             row.match.tokens[: row.drafts] if row.copies and row.match else [] for row in rows
         ]
@@ -185,11 +180,21 @@ class Pacer:
             rows.append(row)
         return rows
 
-    def _contexts(self, verified: Verified) -> tuple[float, float]:
-        """Tokens of context that requests have, and that drafts see of them; the means over the batch."""
+    def _sights(self, verified: Verified, ids: Sequence[str], rows: list[Row]) -> tuple[float, float]:
+        """Decides whose drafts see past the window.
+
+        Returns:
+            Tokens of context that requests have, and that drafts see of them; the means over the batch.
+        """
         held = [p[0] + n + 2 for p, n in zip(verified.positions, verified.accepted, strict=True)]
-        window = self._runner.drafter.window
-        seen = held if window is None else [window.seen(n) for n in held]
+        window, seen = self._runner.drafter.window, held
+        if window is not None:
+            seen = [window.seen(n) for n in held]
+            if self.timed:
+                whole = self.policy.sights.choose(ids, held, seen, self.policy.costs)
+                seen = [all_ if w else some for all_, some, w in zip(held, seen, whole, strict=True)]
+                for row, w in zip(rows, whole, strict=True):
+                    row.whole = w
         return sum(held) / len(held), sum(seen) / len(seen)
 
     def _tokens_left(self, i: int, verified: Verified) -> int:
@@ -234,6 +239,8 @@ class Pacer:
             self._paces.observe(request, 1 + verified.accepted[i])
             accepted.append(verified.accepted[i])
             tried.append(len(verified.tokens[i]) - 1)
+            if not row.copies:
+                self.policy.sights.observe(request, row.whole, accepted[-1], min(tried[-1], len(row.bins)))
             if row.match:
                 came = verified.tokens[i][1 : verified.accepted[i] + 1]
                 self.policy.learn_copying(row.match, [*came, verified.sampled[i]], row.kind)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from sdfp_vllm.engine.draft.adapters import BASE, DraftAdapters
 from sdfp_vllm.engine.draft.load import load_draft
-from sdfp_vllm.engine.draft.window import WindowedMetadata, narrowed_layers, reaches
+from sdfp_vllm.engine.draft.window import WindowedMetadata, narrowed_layers, windowed
 from sdfp_vllm.engine.drafting import Drafting
 from sdfp_vllm.engine.upstream.compat import drafting_metadata
 from sdfp_vllm.engine.upstream.symbols import (
@@ -39,9 +40,9 @@ from sdfp_vllm.engine.upstream.symbols import (
     get_layers_from_vllm_config,
     set_forward_context,
 )
-from sdfp_vllm.engine.v1.pacer import GREEDY_BELOW, DraftStep, Pacer, Verified
+from sdfp_vllm.engine.v1.draft_step import DraftStep, draw_step
+from sdfp_vllm.engine.v1.pacer import Pacer, Verified
 from sdfp_vllm.engine.v1.positions import RotaryPositions
-from sdfp_vllm.engine.v1.sampling import cut, draw, tempered
 from sdfp_vllm.pacing.policy import DraftPolicy
 from sdfp_vllm.plan.window import DraftWindow
 
@@ -205,7 +206,8 @@ class SdfpProposer(DraftModelProposer):
         if last is None:
             last = common_attn_metadata.query_start_loc[1:] - 1
         paced = self.pacer is not None and self.pacer.paces(sampling_metadata)
-        steps = self._draft_steps(
+        draft = partial(
+            self._draft_steps,
             common_attn_metadata,
             target_positions[last],
             next_token_ids,
@@ -217,10 +219,10 @@ class SdfpProposer(DraftModelProposer):
             verified = Verified.read(
                 target_token_ids, target_positions, common_attn_metadata.query_start_loc, last, next_token_ids
             )
-            drafts, self._last_draft_probs = self.pacer.propose(verified, steps, sampling_metadata)  # type: ignore[union-attr]
+            drafts, self._last_draft_probs = self.pacer.propose(verified, draft, sampling_metadata)  # type: ignore[union-attr]
             self.adapters.end()
             return drafts
-        taken = list(itertools.islice(steps, num_speculative_tokens))
+        taken = list(itertools.islice(draft(), num_speculative_tokens))
         self.adapters.end()
         if not taken:
             return next_token_ids.new_empty((batch, 0), dtype=torch.int64)
@@ -235,6 +237,8 @@ class SdfpProposer(DraftModelProposer):
         tokens: torch.Tensor,
         num_rejected: torch.Tensor | None,
         sampling: SamplingMetadata,
+        whole: Sequence[bool] = (),
+        *,
         with_confidence: bool,
     ) -> Iterator[DraftStep]:
         """Draft steps of the whole batch, each run when it is asked for.
@@ -242,6 +246,7 @@ class SdfpProposer(DraftModelProposer):
         Args:
             positions: int64 [batch], of the last accepted tokens.
             tokens: int32 [batch], those sampled after them.
+            whole: Which requests see all of their context, whatever the window; none where empty.
         """
         batch = len(tokens)
         groups = self._decode_metadata(cad, batch, num_rejected)
@@ -254,7 +259,8 @@ class SdfpProposer(DraftModelProposer):
             padded = max(padded, self._padding[batch - 1])
         self.adapters.begin(adapters, padded)
         slots = self._slots_by_layer(padded)
-        windows = self._windows(groups)
+        tables = self.runner.input_batch.block_table
+        windows = windowed(self.window, groups, {gid: tables[gid].block_size for gid in groups}, whole)
         for index in itertools.count(1):
             positions = self._advance(groups, positions, batch, padded)
             metadata = self._step_metadata(groups, windows, index)
@@ -295,17 +301,7 @@ class SdfpProposer(DraftModelProposer):
 
     def _draw(self, hidden: torch.Tensor, sampling: SamplingMetadata) -> DraftStep:
         draft: Any = self.model
-        assert sampling.temperature is not None
-        greedy = sampling.temperature < GREEDY_BELOW
-        probs = tempered(draft.compute_logits(hidden), torch.where(greedy, 1.0, sampling.temperature))
-        # Before the cut, which would hide what a pacer wants to know: with top_k = 1 all would be certain.
-        confidence = probs.amax(-1)
-        if sampling.top_k is not None or sampling.top_p is not None:
-            probs = cut(probs, sampling.top_k, sampling.top_p)
-        tokens = draw(probs, sampling.generators)
-        if not sampling.all_random:
-            tokens = torch.where(greedy, probs.argmax(-1), tokens)
-        return DraftStep(tokens, probs, confidence)
+        return draw_step(draft.compute_logits(hidden), sampling)
 
     def _decode_metadata(
         self, cad: CommonAttentionMetadata, batch: int, num_rejected: torch.Tensor | None
@@ -330,14 +326,6 @@ class SdfpProposer(DraftModelProposer):
                 slot_mapping=self._slots[gid][:batch],
             )
             for gid in self._by_gid
-        }
-
-    def _windows(self, groups: dict[int, CommonAttentionMetadata]) -> dict[int, WindowedMetadata]:
-        """What layers that read through the window get instead, by KV cache group; empty where none has a gap."""
-        return {
-            gid: WindowedMetadata(self.window, cad, self.runner.input_batch.block_table[gid].block_size)
-            for gid, cad in groups.items()
-            if self.window is not None and reaches(self.window, cad.max_seq_len)
         }
 
     def _step_metadata(

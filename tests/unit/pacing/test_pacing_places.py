@@ -84,7 +84,7 @@ def test_copies_of_some_pay_where_the_places_of_those_that_end_are_taken():
 def test_a_small_gain_is_left_to_batches_whose_places_are_taken():
     """Two tokens of luck more or less, and a round for those behind costs what a small gain brings."""
     slight = costs(
-        rows=[1, 64], target_ms=[10.0, 80.0], draft_ms=[2.8, 63.7], acceptance=[0.9], confidence=[0.9] * BINS
+        rows=[1, 64], target_ms=[10.0, 80.0], draft_ms=[3.6, 64.5], acceptance=[0.9], confidence=[0.9] * BINS
     )
     policy = DraftPolicy(slight, longest=1)
     alone, full = policy.begin([Row(GREEDY)]), policy.begin([Row(GREEDY) for _ in range(4)])
