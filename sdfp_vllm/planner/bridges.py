@@ -98,20 +98,19 @@ class BridgeFitter:
         streams = []  # per window [L + 1, T - begin, H]: what enters each layer, and the final norm
         begins = text.begins.tolist()
         with rollout_attention(stack):
-            for window, begin in zip(self._ids, begins, strict=True):
+            for n, begin in enumerate(begins):
                 full = FullPass(begin=begin)
-                position = torch.arange(begin, len(window), device=window.device)
                 with _recording([*stack.layers, stack.norm]) as entered:
-                    self._forward(window[begin:], position, full)
+                    self._forward(text.whole(stack, n), full)
                 streams.append(torch.stack(entered))
                 if not text.full:  # K/V that came with the text are not held twice
                     self._full.append(full)
-        # A text's first token, where attention sinks live, is never drafted; past its end a text is not read.
+        # A text's first token, where attention sinks live, is never drafted; nor is an image; past its end a text is not read.
         position = torch.arange(self._ids.shape[1], device=stack.device)
         begin_of, end_of = (t.to(stack.device)[:, None] for t in (text.begins, text.ends))
-        used = (position > begin_of) & (position < end_of)
+        used = (position > begin_of) & (position < end_of) & ~text.images().to(stack.device)
         sequence, start = used.nonzero(as_tuple=True)
-        self._rows = (sequence, start)
+        self._rows, self._rotary = (sequence, start), text.rotary(sequence, start)
         self._streams = torch.cat(
             [s[:, used[n, begins[n] :]] for n, s in enumerate(streams)], dim=1
         )  # [L + 1, rows, H]
@@ -135,13 +134,12 @@ class BridgeFitter:
             )
             return like_model(bridge, self.stack)
 
-        sequence, start = self._rows
         modules = {
             run[0]: _Fitting(partial(fit_run, run))
             for run in sorted(runs_skipped(keep, self.stack.num_layers))
         }
         with placing(self.stack, keep, modules), rollout_attention(self.stack):
-            self._forward(self._ids[sequence, start], start, DraftRows(self._full, sequence, start))
+            self._first_steps()
         return fitted
 
     def blank(self, kind: BridgeKind, rank: int) -> Bridge:
@@ -154,10 +152,14 @@ class BridgeFitter:
             "low-rank": Bridge(vector, mean=vector, down=matrix, up=matrix),
         }[kind]
 
-    def _forward(self, ids: Tensor, position: Tensor, state: FullPass | DraftRows) -> None:
-        self.stack.model.model(
-            input_ids=ids[None], position_ids=position[None], use_cache=False, rollout=state
-        )
+    def _first_steps(self) -> None:
+        """Runs the first draft step of every row, on the model as it stands."""
+        sequence, start = self._rows
+        given = {"input_ids": self._ids[sequence, start][None], "position_ids": self._rotary[None]}
+        self._forward(given, DraftRows(self._full, sequence, start))
+
+    def _forward(self, given: dict[str, Any], state: FullPass | DraftRows) -> None:
+        self.stack.model.model(**given, use_cache=False, rollout=state)
 
 
 def fit_bridge(

@@ -7,6 +7,7 @@ import random
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from sdfp_vllm.common.json_lines import json_rows
 from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.planner.chat_rows import CHAT_FIELDS, Chat, chat_of, is_text, pictures_in
 from sdfp_vllm.planner.chats import has_chat_template, render_chat
+from sdfp_vllm.planner.pictures import picture_of
 
 BUILT_IN = "stdlib"
 # Not the standard library itself, or its test suites and vendored copies.
@@ -25,10 +28,6 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "en
 _POOL = 1024
 
 _JSON_LINES = {".jsonl", ".ndjson"}
-# Fields that make a row a chat, the first that is there: OpenAI's, Spec-Bench's, and a user's text.
-_CHAT_FIELDS = ("messages", "turns", "prompt")
-_ROLES = {"system", "developer", "user", "assistant", "tool"}
-_ANSWERED = {"user", "tool"}  # roles that the assistant answers
 LONGEST_PROMPT = 512
 
 # A source: how many documents it has, how to read the i-th, and its name for the plan.
@@ -224,23 +223,12 @@ def _jsonl(path: Path, field: str) -> _Source:
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
-    if isinstance(row, dict) and _is_text(row.get(field)):
+    if isinstance(row, dict) and is_text(row.get(field)):
         return row[field]
-    found = ", ".join(sorted(k for k, v in row.items() if _is_text(v))) if isinstance(row, dict) else ""
+    found = ", ".join(sorted(k for k, v in row.items() if is_text(v))) if isinstance(row, dict) else ""
     raise SdfpError(
         where, f"has no text field {field!r}", f"Name one of its text fields (found: {found or 'none'})."
     )
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is a string of characters; JSON's escapes can also spell half of one (a lone surrogate)."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def is_chat_source(source: str | None) -> bool:
@@ -253,7 +241,7 @@ def is_chat_source(source: str | None) -> bool:
     if not (_is_json_lines(path) and path.is_file()):
         return False
     _, row = next(_rows(path), ("", None))
-    return isinstance(row, dict) and any(field in row for field in _CHAT_FIELDS)
+    return isinstance(row, dict) and any(field in row for field in CHAT_FIELDS)
 
 
 def read_chats(source: str, tokenizer: Any, count: int, seed: int) -> list[Tensor]:
@@ -283,6 +271,20 @@ def read_chats(source: str, tokenizer: Any, count: int, seed: int) -> list[Tenso
     if not prompts:
         raise _no_chats(path, bool(chats))
     return prompts
+
+
+def chats_with_pictures(source: str) -> list[Chat]:
+    """Every chat of a file, in its order, where one or more hold pictures; else none.
+
+    Pictures are looked up (`picture_of`), and not opened.
+
+    Raises:
+        SdfpError: If the file cannot be read, or any row is no chat or names a picture that cannot be had.
+    """
+    path = Path(source)
+    take = partial(picture_of, beside=path.parent)
+    chats = [Chat(where, chat_of(row, where, take)[1]) for where, row in _rows(path)]
+    return chats if any(pictures_in(chat.messages) for chat in chats) else []
 
 
 def read_questions(source: str, tokenizer: Any) -> list[tuple[str, Tensor]]:
@@ -322,68 +324,6 @@ def _prompt_of(tokenizer: Any, field: str, messages: list[dict[str, str]], where
             "Give rows with a text or prompt field.",
         )
     return torch.tensor(tokenizer(messages[0]["content"], verbose=False)["input_ids"], dtype=torch.int64)
-
-
-def chat_of(row: Any, where: str) -> tuple[str, list[dict[str, str]]]:
-    """The field that makes a row a chat, and its messages, up to the first that the model is to answer."""
-    field = next((f for f in _CHAT_FIELDS if isinstance(row, dict) and f in row), None)
-    if field is None:
-        raise SdfpError(
-            where,
-            f"is no chat: it has none of the fields {', '.join(_CHAT_FIELDS)}",
-            "Mend or remove the line, or give a file of which every row is a chat.",
-        )
-    value = row[field]
-    if field == "prompt":
-        return field, [{"role": "user", "content": _content(value, f"{where}, field prompt")}]
-    if not isinstance(value, list) or not value:
-        what = "is empty" if value == [] else "is not a list"
-        raise SdfpError(
-            f"{where}, field {field}", what, "Give a list with at least one item, or remove the line."
-        )
-    if field == "turns":
-        return field, [{"role": "user", "content": _content(value[0], f"{where}, field turns[0]")}]
-    messages = [_message(message, f"{where}, field messages[{i}]") for i, message in enumerate(value)]
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or messages[-1]["role"] not in _ANSWERED:
-        raise SdfpError(
-            f"{where}, field messages",
-            "has nothing for the model to answer",
-            "Add a message of the user at the end, or remove the line.",
-        )
-    return field, messages
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise SdfpError(where, "is not an object", "Give it a role and a content.")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise SdfpError(f"{where}.role", f"{role!r} is not known", f"Use one of {', '.join(sorted(_ROLES))}.")
-    content, where = message.get("content"), f"{where}.content"
-    if isinstance(content, list) and content:  # parts, as in OpenAI's API
-        content = "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
-    return {"role": role, "content": _content(content, where)}
-
-
-def _content(value: Any, where: str) -> str:
-    if not _is_text(value):
-        raise SdfpError(where, "is not text", "Give a string, or remove the line.")
-    if not value.strip():
-        raise SdfpError(where, "is empty", "Give it some text, or remove the line.")
-    return value
-
-
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text":
-        raise SdfpError(
-            where,
-            f"is a part of type {kind!r}, and a plan is made of text: images lie in the KV cache when drafts are made",
-            "Leave the part out, or the line.",
-        )
-    return _content(part.get("text"), f"{where}.text")
 
 
 def _dataset(source: str, field: str) -> _Source:

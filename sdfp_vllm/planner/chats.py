@@ -96,7 +96,7 @@ def render_chat(
         SdfpError: If the template refuses the chat, or makes nothing of it.
     """
     # Only the template adds special tokens, as in a server: a BOS of the tokenizer's own would be a second.
-    ids = _encode(tokenizer, _rendered(tokenizer, messages, where))
+    ids = _encode(tokenizer, rendered(tokenizer, messages, where))
     if not ids:
         raise SdfpError(where, "renders to nothing", "Mend the chat template in the model's folder.")
     return torch.tensor(ids, dtype=torch.int64)
@@ -156,7 +156,7 @@ def _first_words(count: int, bare: bool) -> list[str]:
 
 
 def _frame(tokenizer: Any) -> _Frame:
-    before, found, rest = _rendered(tokenizer, _of_user(_SENTINEL), "chat template").partition(_SENTINEL)
+    before, found, rest = rendered(tokenizer, _of_user(_SENTINEL), "chat template").partition(_SENTINEL)
     if not found:
         raise SdfpError(
             "chat template", "does not show the user's text", "Mend the chat template in the model's folder."
@@ -234,7 +234,12 @@ def _of_user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str) -> str:
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str) -> str:
+    """The text that a template makes of a chat. A content is a text, or a list of parts as the template takes them.
+
+    Raises:
+        SdfpError: If the template refuses the chat.
+    """
     try:
         given: list[Any] = _in_parts(messages) if _wants_parts(tokenizer) else list(messages)
         return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
@@ -247,9 +252,17 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str)
         ) from e
 
 
-def _in_parts(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """The same messages as multimodal templates may want them: a content is a list of parts, here of one text."""
-    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+def _in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same messages as multimodal templates may want them: a content is a list of parts, a text of one."""
+    return [
+        {
+            **m,
+            "content": [{"type": "text", "text": m["content"]}]
+            if isinstance(m["content"], str)
+            else m["content"],
+        }
+        for m in messages
+    ]
 
 
 def _wants_parts(tokenizer: Any) -> bool:

@@ -1,6 +1,7 @@
 """Loads the model that is planned: a causal LM as it is, or the text decoder inside a multimodal checkpoint.
 
-Drafts are made of text alone, with images in the KV cache already, so that a plan is made of the decoder, on text.
+Drafts are made of text alone, with images in the KV cache already, so that a plan is made of the decoder. What its encoder makes
+of images that drafts are tried behind is taken before it is let go (`planner/pictured.py`).
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ class TextDecoder(nn.Module):
     def get_output_embeddings(self) -> Any:
         return self.lm_head
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **kwargs: Any) -> CausalLMOutputWithPast:
-        """As transformers' causal LMs: int64 ids [B, T] -> logits [B, T or `logits_to_keep`, V]."""
+    def forward(
+        self, input_ids: Tensor | None = None, logits_to_keep: int = 0, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        """As transformers' causal LMs: int64 ids [B, T], or `inputs_embeds` in their place -> logits [B, T or `logits_to_keep`, V]."""
         hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)

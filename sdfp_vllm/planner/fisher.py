@@ -5,8 +5,9 @@ Omega = sum_l Tr(I(theta_l)) * E[dtheta_l^2], with the empirical Fisher informat
 Tr(I_l) = 1/N sum_i ||grad_{theta_l} log p(x_i)||^2. Removing a layer perturbs theta by -theta.
 
 log p(x_i) is the log-likelihood of the whole window: the sum over its T - 1 predicted tokens.
-All windows have one length, so the mean instead would scale every score by (T - 1)^-2 and
-change no ranking.
+Windows of text have one length, so the mean instead would scale every score by (T - 1)^-2 and
+change no ranking. Texts that show images are of several lengths, and a longer one weighs more. An image's own
+tokens are no targets.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.schema import FitScore, LayerScore
 from sdfp_vllm.planner.fisher_sums import Checkpoint, FisherSums, checkpoint_key
+from sdfp_vllm.planner.shown import Window, Windows, digest, predicted
 from sdfp_vllm.planner.stack import DecoderStack
 
 # Windows longer than this recompute activations instead of keeping them.
@@ -32,7 +34,7 @@ _CHUNK = 1 << 18
 
 def fisher_scores(
     stack: DecoderStack,
-    ids: Tensor,
+    ids: Windows,
     *,
     advance: Callable[[int], None] | None = None,
     gradient_checkpointing: bool | None = None,
@@ -55,7 +57,7 @@ def fisher_scores(
 
 def fisher_sums(
     stack: DecoderStack,
-    ids: Tensor,
+    ids: Windows,
     *,
     advance: Callable[[int], None] | None = None,
     gradient_checkpointing: bool | None = None,
@@ -70,7 +72,7 @@ def fisher_sums(
     model is left as it was found, except that `.grad` of its layer parameters is cleared.
 
     Args:
-        ids: int64 [N, T] windows without padding, T >= 2.
+        ids: int64 [N, T] windows without padding, T >= 2; or windows of any lengths with what they show.
         advance: Called with the number of windows done since the last call (rich's
             `Progress.advance` with the task bound).
         gradient_checkpointing: None turns it on for T > CHECKPOINTING_LENGTH.
@@ -84,22 +86,27 @@ def fisher_sums(
         SdfpError: If ids do not fit the model, a gradient is not finite, or the checkpoint is
             damaged or belongs to another run.
     """
-    _check_ids(stack, ids)
+    _check_shape(ids)
+    windows = [Window(row) for row in ids] if isinstance(ids, Tensor) else list(ids)
+    longest = max(len(w.ids) for w in windows)
+    tokens = ids if isinstance(ids, Tensor) else torch.cat([w.ids for w in windows])
+    _check_tokens(stack, tokens, longest)
     file = None
     sums = FisherSums.zero(stack.num_layers)
     if checkpoint is not None:
         dtype = next(p for _, p in stack.layer_parameters(0)).dtype
-        file = Checkpoint(checkpoint, checkpoint_key(ids, stack.num_layers, str(dtype), identity))
+        key = checkpoint_key(tokens, stack.num_layers, str(dtype), identity + digest(windows))
+        file = Checkpoint(checkpoint, key)
         if resume and (saved := file.load()):
             sums = saved.total
     if advance and sums.sequences:
         advance(sums.sequences)
     if gradient_checkpointing is None:
-        gradient_checkpointing = ids.shape[1] > CHECKPOINTING_LENGTH
+        gradient_checkpointing = longest > CHECKPOINTING_LENGTH
     try:
         with _streaming(stack, gradient_checkpointing) as window_sums:
-            for i in range(sums.sequences, len(ids)):
-                sums = sums.merge(window_sums(ids[i : i + 1]))
+            for window in windows[sums.sequences :]:
+                sums = sums.merge(window_sums(window))
                 if file and sums.sequences % save_every == 0:
                     file.save(sums)
                 if advance:
@@ -141,8 +148,8 @@ def _score(trace: float, diagonal: float, variance: float) -> FitScore:
 
 
 @contextlib.contextmanager
-def _streaming(stack: DecoderStack, gradient_checkpointing: bool) -> Iterator[Callable[[Tensor], FisherSums]]:
-    """Yields a function from one window, int64 [1, T], to its sums; undoes all it did to the model."""
+def _streaming(stack: DecoderStack, gradient_checkpointing: bool) -> Iterator[Callable[[Window], FisherSums]]:
+    """Yields a function from one window to its sums; undoes all it did to the model."""
     model = stack.model
     layers = range(stack.num_layers)
     slots = [
@@ -162,12 +169,12 @@ def _streaming(stack: DecoderStack, gradient_checkpointing: bool) -> Iterator[Ca
 
         return hook
 
-    def window_sums(window: Tensor) -> FisherSums:
+    def window_sums(window: Window) -> FisherSums:
         reduced.zero_()
-        window = window.to(stack.device)
-        logits = stack.logits(window)[0, :-1]
+        targets = window.targets().to(stack.device)
+        logits = stack.logits(window.ids[None].to(stack.device), shown=[window.shown])[0, :-1]
         # The mean keeps gradients of half-precision models in range; scaled back to the sum below.
-        F.cross_entropy(logits.float(), window[0, 1:]).backward()
+        F.cross_entropy(logits.float(), targets).backward()
         per_branch = torch.zeros(stack.num_layers, 2, 2, dtype=torch.float64)
         for (i, branch, _), row in zip(slots, reduced.cpu(), strict=True):
             per_branch[i, branch] += row
@@ -178,7 +185,7 @@ def _streaming(stack: DecoderStack, gradient_checkpointing: bool) -> Iterator[Ca
                 f"its gradients are not finite in {logits.dtype} (from layer {layer} down)",
                 "Score the model in float32 (or bfloat16, if it is float16 now), and check its weights for NaN.",
             )
-        return FisherSums(1, per_branch * float(len(logits)) ** 2)
+        return FisherSums(1, per_branch * float(predicted(targets)) ** 2)
 
     modes = [(m, m.training) for m in model.modules()]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
@@ -227,13 +234,18 @@ def _square_sums(x: Tensor, times: Tensor) -> Tensor:
     return sums
 
 
-def _check_ids(stack: DecoderStack, ids: Tensor) -> None:
+def _check_shape(ids: Windows) -> None:
+    if not isinstance(ids, Tensor):
+        ids = ids[0].ids[None] if ids else torch.empty(0, 0)
     if ids.ndim != 2 or ids.dtype != torch.int64 or len(ids) == 0 or ids.shape[1] < 2:
         raise SdfpError(
             "calibration ids",
             f"shape {tuple(ids.shape)}, {ids.dtype}",
             "Give int64 [N, T] with N >= 1 and T >= 2.",
         )
+
+
+def _check_tokens(stack: DecoderStack, ids: Tensor, length: int) -> None:
     vocabulary = stack.config.vocab_size
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise SdfpError(
@@ -242,9 +254,9 @@ def _check_ids(stack: DecoderStack, ids: Tensor) -> None:
             "Use the tokenizer saved with this model.",
         )
     longest = getattr(stack.config, "max_position_embeddings", None)
-    if longest and ids.shape[1] > longest:
+    if longest and length > longest:
         raise SdfpError(
             "calibration ids",
-            f"windows of {ids.shape[1]} tokens exceed the model's {longest} positions",
+            f"windows of {length} tokens exceed the model's {longest} positions",
             f"Ask for windows of at most {longest} tokens.",
         )

@@ -27,13 +27,15 @@ from sdfp_vllm.planner.fisher import fisher_scores, layer_scores
 from sdfp_vllm.planner.fisher_sums import FisherSums
 from sdfp_vllm.planner.head_search import check_head
 from sdfp_vllm.planner.options import DTYPES, PlanOptions
+from sdfp_vllm.planner.pictured import show
 from sdfp_vllm.planner.prospects import refuse_hopeless
 from sdfp_vllm.planner.rollout import greedy_continuations
 from sdfp_vllm.planner.rounded import layer_products, usable_precisions
 from sdfp_vllm.planner.scores import with_rounding
 from sdfp_vllm.planner.search import MAX_TRIED, check_request
+from sdfp_vllm.planner.shown import Shown, Windows, tokens_of
 from sdfp_vllm.planner.stack import DecoderStack, load_target
-from sdfp_vllm.planner.texts import CHECKED, Texts, own_windows
+from sdfp_vllm.planner.texts import Texts
 from sdfp_vllm.planner.window_search import long_texts, with_window
 from sdfp_vllm.planner.work import Work, writable
 
@@ -63,30 +65,33 @@ def make_plan(
     shape = fingerprint(model_dir, weights=False)
     check_request(shape.num_layers, options.layers, options.draft_tokens)
     check_head(options.head, shape.vocab_size)
-    texts = Texts.read(options, load_tokenizer(model_dir, options.trust_remote_code))
+    texts = Texts.read(options, load_tokenizer(model_dir, options.trust_remote_code), model_dir)
     model_dir = resolve_model_dir(model, options.revision)
     identity = fingerprint(model_dir)
     folder = writable(out or default_plan_dir(identity))
     long = long_texts(model_dir, texts.tokenizer, options) if options.window == "auto" else []
-    corpus = texts.corpus() if options.ray or options.score_text == "corpus" else None
+    reads = options.ray or options.score_text == "corpus"
+    corpus = texts.corpus() if reads and not texts.pictured else None
+    shown: list[Shown | None] = []
     with stages(console) as bar:
         work = Work(model, model_dir, identity, folder, options, texts, bar)
         # First, so that this process and a worker on this machine never hold the model at once.
         sums = _sums_on_ray(work, corpus) if options.ray else None
         with bar.step("Loading the model", 1):
             transformers.utils.logging.disable_progress_bar()  # ours shows the stages
-            stack = DecoderStack(
-                load_target(model_dir, DTYPES[options.dtype], options.device, options.trust_remote_code)
-            )
+            look = (lambda whole: shown.extend(show(whole, texts.pictured))) if texts.pictured else None
+            dtype, trusted = DTYPES[options.dtype], options.trust_remote_code
+            stack = DecoderStack(load_target(model_dir, dtype, options.device, trusted, look))
         costs = _costs(work, stack)
         with bar.step("Target's own text", options.new_tokens) as advance:
-            tried, checked = _parted(texts.ask(stack), options)
-            text = greedy_continuations(stack, tried, options.new_tokens, advance)
-        ids = own_windows(text, options.sequences) if corpus is None else corpus
+            prompts = texts.ask(stack)
+            tried, checked = prompts[: options.texts], texts.for_the_check(prompts)
+            text = greedy_continuations(stack, tried, options.new_tokens, advance, shown[: options.texts])
+        ids = texts.scored(text, corpus)
         scores = layer_scores(stack, sums) if sums else _scores(work, stack, ids)
         scores = with_rounding(stack, scores, costs.precisions)
         drafted = choose(work, stack, text, scores, costs)
-        plan, *beside = assemble(work, drafted, ids.numel())
+        plan, *beside = assemble(work, drafted, tokens_of(ids))
         del stack, text  # the engines of the check need the room
         save_plan(plan, folder, *beside)
         work.checkpoint.unlink(missing_ok=True)
@@ -103,11 +108,6 @@ def make_plan(
                 console.print(f"The check failed: {e}", style="yellow", soft_wrap=True, markup=False)
         save_plan(plan, folder, *beside)
     return plan
-
-
-def _parted(prompts: list[Tensor], options: PlanOptions) -> tuple[list[Tensor], list[Tensor]]:
-    """Prompts to try drafts on, and those for the check."""
-    return prompts[: options.texts], prompts[options.texts :][:CHECKED] or prompts[:CHECKED]
 
 
 def _costs(work: Work, stack: DecoderStack) -> Costs:
@@ -128,7 +128,7 @@ def _costs(work: Work, stack: DecoderStack) -> Costs:
     return costs
 
 
-def _scores(work: Work, stack: DecoderStack, ids: Tensor) -> list[LayerScore]:
+def _scores(work: Work, stack: DecoderStack, ids: Windows) -> list[LayerScore]:
     with work.bar.step("Fisher traces", len(ids)) as advance:
         return fisher_scores(
             stack,

@@ -11,13 +11,15 @@ so step j can be run for every s of every sequence in one forward: one row per (
 Rows whose draft was wrong leave after each step.
 
 Prompts of different lengths are padded on the left, so that all texts begin in one column. A token's position
-is its column: rotary embeddings are relative, so an offset changes nothing. Padding is never attended to.
+is its column: rotary embeddings are relative, so an offset changes nothing. Padding is never attended to. Behind images
+with positions of their own (`shown.py`) a token's rotary position is another; what it attends to goes by columns there too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.planner.bridged_stack import bridging
 from sdfp_vllm.planner.rounds import AcceptedRuns
 from sdfp_vllm.planner.shared_attention import DraftRows, FullPass, rollout_attention
+from sdfp_vllm.planner.shown import Shown, entering, places
 from sdfp_vllm.planner.stack import DecoderStack
 
 _HEAD_ROWS = 256  # rows of logits alive at once: a large vocabulary times all rows would not fit
@@ -53,6 +56,7 @@ class Continuations:
         full: With `chosen`, the full model's K/V of each sequence: views of one tensor a layer, freed together.
         begins: int64 [N], the position of each sequence's first token; columns before it are padding. Zeros
             where it is left out.
+        shown: What each sequence shows in its prompt; empty for text.
     """
 
     ids: Tensor
@@ -61,10 +65,43 @@ class Continuations:
     chosen: Tensor | None = None
     full: Sequence[FullPass] = ()
     begins: Tensor = None  # type: ignore[assignment]
+    shown: Sequence[Shown | None] = ()
 
     def __post_init__(self) -> None:
         if self.begins is None:
             object.__setattr__(self, "begins", self.ids.new_zeros(len(self.ids)))
+
+    @cached_property
+    def _places(self) -> Tensor | None:
+        """Rotary positions of tokens that are text, int64 [N, T]; None where they are the columns."""
+        if not any(s is not None and s.positions is not None for s in self.shown):
+            return None
+        return places(self.ids, self.begins, self.shown)[0]  # text has one number in all three rows
+
+    def rotary(self, sequence: Tensor, position: Tensor) -> Tensor:
+        """Rotary positions, int64 [R], of R tokens of text at columns `position` of sequences `sequence`."""
+        return position if self._places is None else self._places[sequence, position]
+
+    def images(self) -> Tensor:
+        """Where tokens of images are, bool [N, T]."""
+        image = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.ids.device)
+        for n, s in enumerate(self.shown):
+            if s is not None:
+                begin = int(self.begins[n])
+                image[n, begin : begin + len(s.image)] = s.image.to(image.device)
+        return image
+
+    def whole(self, stack: DecoderStack, n: int) -> dict[str, Any]:
+        """Keywords of the decoder's forward for all of sequence n, without padding."""
+        begin = int(self.begins[n])
+        if self.shown and self.shown[n] is not None:
+            given = entering(
+                stack.embed, self.ids[n : n + 1, begin:], self.begins.new_zeros(1), self.shown[n : n + 1]
+            )
+            given["position_ids"] = given["position_ids"] + begin
+            return given
+        position = torch.arange(begin, self.ids.shape[1], device=self.ids.device)
+        return {"input_ids": self.ids[n : n + 1, begin:], "position_ids": position[None]}
 
     def written(self) -> Tensor:
         """The tokens that the target wrote, int64 [n]: what a draft has to propose."""
@@ -79,7 +116,13 @@ class Continuations:
     def _part(self, which: slice) -> Continuations:
         chosen = None if self.chosen is None else self.chosen[which]
         return Continuations(
-            self.ids[which], self.first, self.ends[which], chosen, self.full[which], self.begins[which]
+            self.ids[which],
+            self.first,
+            self.ends[which],
+            chosen,
+            self.full[which],
+            self.begins[which],
+            self.shown[which],
         )
 
 
@@ -90,17 +133,22 @@ class Writing:
         ids: int64 [N, T], what has been written, on the model's device.
         begins: int64 [N], the position of each sequence's first token; columns before it hold token 0.
         stops: int64 [E], the model's end-of-text tokens.
+        shown: What each sequence shows in its prompt; empty for text.
 
     Raises:
         SdfpError: If a prompt is empty or holds a token that the model does not have.
     """
 
-    def __init__(self, stack: DecoderStack, prompts: Prompts):
+    def __init__(self, stack: DecoderStack, prompts: Prompts, shown: Sequence[Shown | None] = ()):
         self._stack = stack
+        self.shown = shown if any(shown) else ()
         self._cache = DynamicCache()  # not told of sliding windows, which would drop the K/V behind them
         self.ids, self.begins = _left_padded(prompts, stack)
         self.ids, self.begins = self.ids.to(stack.device), self.begins.to(stack.device)
         self._padded = bool(self.begins.any())
+        self._prompts: dict[str, Any] = {}
+        if self.shown:
+            self._prompts = entering(stack.embed, self.ids, self.begins, self.shown)
         stop = getattr(getattr(stack.model, "generation_config", None), "eos_token_id", None)
         self.stops = self.ids.new_tensor([stop] if isinstance(stop, int) else stop or [])
 
@@ -110,10 +158,13 @@ class Writing:
         known, length = self._cache.get_seq_length(), self.ids.shape[1]
         column = torch.arange(length, device=self.ids.device)
         mask = (column >= self.begins[:, None]).long() if self._padded else None
+        given, self._prompts = self._prompts, {}
+        if not given:
+            rotary = places(self.ids, self.begins, self.shown)
+            given = {"input_ids": self.ids[:, known:], "position_ids": rotary[..., known:]}
         return self._stack.model(
-            input_ids=self.ids[:, known:],
+            **given,
             attention_mask=mask,
-            position_ids=column[None, known:].expand(len(self.ids), -1),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -157,7 +208,11 @@ def _left_padded(prompts: Prompts, stack: DecoderStack) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def greedy_continuations(
-    stack: DecoderStack, prompts: Prompts, new_tokens: int, advance: Callable[[int], None] | None = None
+    stack: DecoderStack,
+    prompts: Prompts,
+    new_tokens: int,
+    advance: Callable[[int], None] | None = None,
+    shown: Sequence[Shown | None] = (),
 ) -> Continuations:
     """Continues each prompt with the target's most likely tokens, the text that greedy drafting meets.
 
@@ -168,11 +223,12 @@ def greedy_continuations(
         prompts: int64 [N, P], no padding; or N prompts of any lengths, each int64 [P] or a list of ids.
         new_tokens: Tokens to add to each, at most.
         advance: Called with 1 after each token added, and with what is left where writing stops early.
+        shown: What each prompt shows; empty for text.
 
     Raises:
         SdfpError: If a prompt is empty or holds a token that the model does not have.
     """
-    writing = Writing(stack, prompts)
+    writing = Writing(stack, prompts, shown)
     first, added = writing.ids.shape[1], 0
     ended = torch.zeros(len(writing.ids), dtype=torch.bool, device=writing.ids.device)
     while True:
@@ -187,7 +243,8 @@ def greedy_continuations(
     if advance and added < new_tokens:
         advance(new_tokens - added)
     ids, chosen = writing.ids[:, :-1], writing.ids[:, first + 1 :]
-    return Continuations(ids, first, _ends(ids, first, writing.stops), chosen, writing.full(), writing.begins)
+    ends = _ends(ids, first, writing.stops)
+    return Continuations(ids, first, ends, chosen, writing.full(), writing.begins, writing.shown)
 
 
 def _ends(ids: Tensor, first: int, stops: Tensor) -> Tensor:
@@ -218,10 +275,9 @@ class DraftRollout:
     def _full_passes(self) -> tuple[Sequence[FullPass], Tensor]:
         full, chosen = [], []
         with rollout_attention(self.stack):
-            for ids, begin in zip(self.text.ids, self.text.begins.tolist(), strict=True):
+            for n, begin in enumerate(self.text.begins.tolist()):
                 full.append(FullPass(begin=begin))
-                position = torch.arange(begin, len(ids), device=ids.device)
-                hidden = self.hidden(ids[begin:], position, full[-1])
+                hidden = self._states(self.text.whole(self.stack, n), full[-1])
                 chosen.append(self._argmax(hidden[self.text.first - begin :], self.stack.head))
         return full, torch.stack(chosen)
 
@@ -278,12 +334,13 @@ class DraftRollout:
         sequence = torch.arange(count, device=start.device).repeat_interleave(len(start))
         return DraftRows(self.full, sequence, start.repeat(count))
 
-    def hidden(self, ids: Tensor, position: Tensor, state: FullPass | DraftRows) -> Tensor:
-        """Final hidden states [R, hidden] of R rows, int64 ids and positions [R]."""
-        inner = self.stack.model.model
-        return inner(
-            input_ids=ids[None], position_ids=position[None], use_cache=False, rollout=state
-        ).last_hidden_state[0]
+    def hidden(self, ids: Tensor, position: Tensor, rows: DraftRows) -> Tensor:
+        """Final hidden states [R, hidden] of R rows, int64 ids and columns [R]."""
+        at = self.text.rotary(rows.sequence, position)
+        return self._states({"input_ids": ids[None], "position_ids": at[None]}, rows)
+
+    def _states(self, given: dict[str, Any], state: FullPass | DraftRows) -> Tensor:
+        return self.stack.model.model(**given, use_cache=False, rollout=state).last_hidden_state[0]
 
     def _argmax(self, hidden: Tensor, head: nn.Module, tokens: Tensor | None = None) -> Tensor:
         """Ids that `head` chooses, int64 [R]; its rows are `tokens`, or all."""

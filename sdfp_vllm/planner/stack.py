@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sdfp_vllm.plan.keep import Branch, KeepSet
 from sdfp_vllm.plan.view import Precision
 from sdfp_vllm.planner.decoder import architecture_of, auto_class, decoder_of
 from sdfp_vllm.planner.rounded import rounded_copy
+from sdfp_vllm.planner.shown import Shown, entering
 
 # Children of a layer -> the residual branch each belongs to. A norm belongs to the branch it
 # feeds or closes, so `post_attention_layernorm` is the MLP's in Llama and attention's in Gemma.
@@ -202,20 +203,29 @@ class DecoderStack:
         part._modules = {**layer._modules, **changed}
         return part
 
-    def logits(self, input_ids: Tensor, keep: KeepSet | Iterable[int] | None = None) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        keep: KeepSet | Iterable[int] | None = None,
+        shown: Sequence[Shown | None] = (),
+    ) -> Tensor:
         """Runs the model over whole sequences, without a cache, on what is in `keep` (None: all).
 
         Args:
             input_ids: int64 [B, T] on the model's device, no padding.
             keep: As in `keeping`.
+            shown: What each sequence shows at its start; empty for text.
 
         Returns:
             Logits [B, T, V] in the model's dtype. Gradients follow the caller's grad mode.
         """
+        given: dict[str, Any] = {"input_ids": input_ids}
+        if any(shown):
+            given = entering(self.embed, input_ids, input_ids.new_zeros(len(input_ids)), shown)
         if keep is None:
-            return self.model(input_ids=input_ids, use_cache=False).logits
+            return self.model(**given, use_cache=False).logits
         with self.keeping(keep) as model:
-            return model(input_ids=input_ids, use_cache=False).logits
+            return model(**given, use_cache=False).logits
 
     def scaled(self, logits: Tensor) -> Tensor:
         """What `head` gives, with the model's scale and soft cap of logits: the same argmax, other probabilities."""
@@ -262,6 +272,7 @@ def load_target(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    look: Callable[[Any], None] | None = None,
 ) -> PreTrainedModel:
     """Loads a causal LM from a local folder, in eval mode; of a multimodal model, its text decoder.
 
@@ -269,6 +280,7 @@ def load_target(
         dtype: None keeps the checkpoint's.
         device: One device, or "auto" for layer after layer over all GPUs (needs accelerate).
         trust_remote_code: Run code that comes with the checkpoint where it needs that.
+        look: Called with a multimodal model as a whole, before its encoder is let go.
 
     Raises:
         SdfpError: If the folder holds no causal LM, or its weights are damaged, incomplete or quantised.
@@ -310,4 +322,6 @@ def load_target(
         )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # the default, PyTorch's own, leaves Gemma 2's cap out
+    if look is not None:
+        look((whole if device == "auto" else whole.to(device)).eval())
     return (model if device == "auto" else model.to(device)).eval()

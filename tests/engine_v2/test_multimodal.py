@@ -9,6 +9,7 @@ import pytest
 from sdfp_vllm.engine.v2.positions import RotaryPositions
 from tests.support import vision
 from tests.support.engines import assert_identical, engine, metric, runner, spec_counters, write_plan
+from tests.support.media_requests import video_requests
 from tests.support.tiny_multimodal import TINY, mixed_requests, saver
 
 pytestmark = [
@@ -85,3 +86,18 @@ def test_a_wrong_delta_would_show(saved, tmp_path, monkeypatch):
     with engine(model, {"method": "sdfp", "model": everything}, **SETTINGS) as llm:
         answers(llm, requests)
         assert accepted(llm) < 0.9
+
+
+@pytest.mark.slow
+def test_videos(saved, tmp_path):
+    """Videos beside an image and text, in chunks that cut them, and over a prefix cache."""
+    model, requests = saved("qwen2_vl"), video_requests("qwen2_vl")[:6]
+    everything = write_plan(model, tmp_path / "all", range(LAYERS), k=3)
+    filmed = SETTINGS | dict(limit_mm_per_prompt={"image": 1, "video": 2})
+    with engine(model, **filmed) as llm:
+        want = answers(llm, requests)
+    tight = filmed | dict(max_num_batched_tokens=16, max_num_seqs=4)
+    with engine(model, {"method": "sdfp", "model": everything}, **tight) as llm:
+        assert_identical(answers(llm, requests) + answers(llm, requests), want * 2)
+        assert metric(llm, "prefix_cache_hits") > 0
+        assert accepted(llm) >= 0.97

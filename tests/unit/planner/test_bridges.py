@@ -15,6 +15,7 @@ from sdfp_vllm.planner.bridged_stack import bridging
 from sdfp_vllm.planner.bridges import BridgeFitter, FittedBridges, fit_bridge
 from sdfp_vllm.planner.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.planner.rounds import AcceptedRuns
+from sdfp_vllm.planner.shared_attention import rollout_attention
 from sdfp_vllm.planner.stack import DecoderStack
 from tests.support.tiny_models import ARCHITECTURES, tiny_ids, tiny_model
 from tests.unit.planner.test_cost import cost
@@ -113,11 +114,8 @@ def test_each_run_is_fitted_to_what_the_runs_before_it_make(architecture, monkey
         hook = stack.model.model.layers[3].register_forward_hook(
             lambda m, args, out: entering.append(args[0][0])
         )
-        sequence, start = fitter._rows
-        from sdfp_vllm.planner.shared_attention import DraftRows, rollout_attention
-
         with torch.no_grad(), rollout_attention(stack):
-            fitter._forward(fitter._ids[sequence, start], start, DraftRows(fitter._full, sequence, start))
+            fitter._first_steps()
         hook.remove()
     target = fitter._streams[4]
     again, _, error = fit_bridge(entering[0], target, fitter._held, "bias", 0)

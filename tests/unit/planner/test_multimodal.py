@@ -138,15 +138,3 @@ def test_a_template_in_the_processors_file_and_of_parts_is_rendered(saved, tmp_p
     tokenizer = load_tokenizer(model)
     prompt = render_chat(tokenizer, [{"role": "user", "content": "Why?"}])
     assert tokenizer.decode(prompt) == "user:Why?"
-
-
-def test_pictures_in_calibration_rows_are_refused_by_name(saved, tmp_path, monkeypatch):
-    monkeypatch.setenv("SDFP_CACHE_DIR", str(tmp_path / "cache"))
-    file = tmp_path / "chats.jsonl"
-    content = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
-    file.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n")
-    made = CliRunner().invoke(
-        app, [str(a) for a in ("plan", saved("qwen2_vl"), "--calibration", file, *SMALL)]
-    )
-    assert made.exit_code == 2
-    assert "chats.jsonl" in made.stderr and "image" in made.stderr and "text" in made.stderr
