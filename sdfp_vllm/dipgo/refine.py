@@ -1,275 +1,154 @@
-"""Finds gates for a budget with the surrogate, then improves them on real generations of held-out seeds."""
+"""Improves patterns on real generations, and decides on images that nothing was chosen on how far to believe that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sdfp_vllm.dipgo.cost import Cost
-from sdfp_vllm.dipgo.forecast import Forecasts
-from sdfp_vllm.dipgo.layout import Gates, Layout
-from sdfp_vllm.dipgo.macs import MacCount
+from sdfp_vllm.dipgo.descent import path
+from sdfp_vllm.dipgo.prediction import Surrogate
 from sdfp_vllm.dipgo.quality import psnr
-from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.dipgo.sampling import Sampler
-from sdfp_vllm.dipgo.surrogate import Surrogate, record
+from sdfp_vllm.dipgo.surrogate import record, seen
+from sdfp_vllm.dipgo.task import Pattern, Task
 
-MAX_SWAPS = 8
 MAX_SLIDING = 15.0  # full generations' worth of MACs
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is searched over: a denoiser's units, how they are reused, and how much of `cost` may be spent."""
+class Reference:
+    """Seeds, and what is seen of the full run on them."""
 
-    sampler: Sampler
-    layout: Layout
-    macs: MacCount
-    cost: Cost
-    reuse: str
-    order: int
-    budget: float
+    seeds: Sequence[int]
+    images: Tensor
 
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The steps at which a denoiser takes over, in which everything runs."""
-        return self.sampler.rhythm.stages
+    @classmethod
+    def of(cls, sampler: Sampler, seeds: Sequence[int]) -> Reference:
+        with torch.no_grad():
+            return cls(seeds, seen(sampler, sampler.latents(seeds)))
 
-    def fits(self, gates: Gates) -> bool:
-        return self.cost.share(self.layout.closure(gates, self.reuse)) <= self.budget
-
-    def run(self, gates: Gates, seeds: Sequence[int], forecasts: Forecasts | None = None) -> Tensor:
-        """Latents of `seeds` with `gates`, units left out for real."""
-        gates = self.layout.closure(gates, self.reuse)
-        with (
-            torch.no_grad(),
-            Skipping(
-                self.sampler.denoisers,
-                self.layout,
-                gates,
-                self.reuse,
-                self.order,
-                self.sampler.rhythm,
-                forecasts=forecasts,
-            ),
-        ):
-            return self.sampler.latents(seeds)
+    def part(self, index: int, size: int) -> Reference:
+        """`size` of the images, others for every index until all have been."""
+        first = index * size % len(self.seeds)
+        return Reference(self.seeds[first : first + size], self.images[first : first + size])
 
 
-def log_errors(latents: Tensor, full: Tensor) -> Tensor:
-    """Of each image, log10 of the mean squared error: falls by 0.1 for 1 dB of latent PSNR."""
-    error = (latents - full).square().flatten(1).mean(1)
-    return torch.log10(error.clamp(min=1e-12))
+def likeness(task: Task, pattern: Pattern, to: Reference) -> Tensor:
+    """PSNR in dB of each decoded image to the full run's: what a plan is stated by, and so what all real trials go by.
+
+    Latents tell another story: what overshoots the range of images does not show in them.
+    """
+    with torch.no_grad():
+        made = task.run(pattern.gates, to.seeds, pattern.kinds)
+        return psnr(seen(task.sampler, made), to.images)
 
 
-def log_error(latents: Tensor, full: Tensor) -> float:
-    """Mean over images of their log errors."""
-    return float(log_errors(latents, full).mean())
-
-
-def greedy(task: Task, surrogate: Surrogate) -> Gates:
-    """Closes gates one by one, each time the one with the least predicted error per cost saved, down to the budget."""
-    gates, stages = np.ones((task.sampler.calls, len(task.layout.units)), dtype=bool), task.stages
-    while not task.fits(gates):
-        share, loss = task.cost.share(gates), surrogate.loss(gates)
-        best, best_price = gates, np.inf
-        for t, i in _later(gates, stages):
-            trial = gates.copy()
-            trial[t, i] = False
-            trial = task.layout.closure(trial, task.reuse)
-            price = (surrogate.loss(trial) - loss) / (share - task.cost.share(trial))
-            if price < best_price:
-                best, best_price = trial, price
-        if best is gates:
-            break  # nothing is left to close but the first call
-        gates = best
-    return gates
-
-
-def _later(which: Gates, stages: Sequence[int]) -> list[tuple[int, int]]:
-    """(step, unit) of every True entry but those of the steps in which a denoiser takes over."""
-    return [(int(t), int(i)) for t, i in np.argwhere(which) if t not in stages]
-
-
-def swaps(gates: Gates, stages: Sequence[int] = (0,)) -> Iterator[Gates]:
-    """Every pattern with one closed gate opened and one open gate closed, or only opened; first steps stay."""
-    opened = _later(gates, stages)
-    for t, i in _later(~gates, stages):
-        more = gates.copy()
-        more[t, i] = True
-        yield more
-        for s, j in opened:
-            trial = more.copy()
-            trial[s, j] = False
-            yield trial
-
-
-def path(task: Task, surrogate: Surrogate, gates: Gates, swaps_at_most: int = MAX_SWAPS) -> list[Gates]:
-    """Patterns within the budget on the way from `gates` to a local optimum of the predicted error, best swap first."""
-    way: list[Gates] = []
-    loss = surrogate.loss(gates)
-    while len(way) < swaps_at_most:
-        best = None
-        for trial in swaps(gates, task.stages):
-            if (value := surrogate.loss(trial)) < loss and task.fits(trial):
-                best, loss = task.layout.closure(trial, task.reuse), value
-        if best is None:
-            break
-        gates = best
-        way.append(gates)
-    return way
-
-
-def evenly(task: Task) -> Gates:
-    """Whole steps that run, evenly spaced from the first on, as many as the budget allows; first steps always."""
-    calls, units = task.sampler.calls, len(task.layout.units)
-    gates = np.zeros((calls, units), dtype=bool)
-    for count in range(calls, 1, -1):
-        gates[:] = False
-        gates[[*task.stages, *(np.arange(count) * calls // count)]] = True
-        if task.fits(gates):
-            return gates
-    gates[:] = False
-    gates[list(task.stages)] = True
-    return gates
-
-
-def slides(gates: Gates, stages: Sequence[int] = (0,)) -> list[Gates]:
+def slides(pattern: Pattern, stages: Sequence[int] = (0,)) -> list[Pattern]:
     """Every pattern with two neighbouring steps changed over, where that changes anything; first steps stay."""
     found = []
-    for t in range(len(gates) - 1):
-        if not {t, t + 1} & set(stages) and (gates[t] != gates[t + 1]).any():
-            trial = gates.copy()
-            trial[[t, t + 1]] = trial[[t + 1, t]]
-            found.append(trial)
+    for t in range(len(pattern.gates) - 1):
+        if not {t, t + 1} & set(stages) and (pattern.gates[t] != pattern.gates[t + 1]).any():
+            gates, kinds = pattern.gates.copy(), pattern.kinds.copy()
+            for rows in (gates, kinds):
+                rows[[t, t + 1]] = rows[[t + 1, t]]
+            found.append(Pattern(gates, kinds))
     return found
 
 
-def slide(
-    task: Task, gates: Gates, seeds: Sequence[int], full: Tensor, generations: float = MAX_SLIDING
-) -> Gates:
-    """Moves whole calls to neighbouring places, each time the move that lowers the real error most, until none does.
+def slide(task: Task, pattern: Pattern, compare: Reference, generations: float = MAX_SLIDING) -> Pattern:
+    """Moves whole steps to neighbouring places, each time the move that helps most on real generations, until none does.
 
-    Costs nothing of the budget, for the same units run as often. Where few calls are left the recorded prediction is
+    Costs nothing of the budget, for the same units run as often. Where few steps are left the recorded prediction is
     far from what it was recorded on, and a generation costs little: so each move is tried for real.
 
     Args:
-        full: Latents of the full run on `seeds`.
         generations: What the trials may cost together, in full generations.
     """
-    error = log_error(task.run(gates, seeds), full)
+    reached = float(likeness(task, pattern, compare).mean())
     while True:
-        trials = slides(gates, task.stages)
-        generations -= len(trials) * task.macs.share(gates)
+        trials = slides(pattern, task.stages)
+        generations -= len(trials) * task.macs.share(pattern.gates)
         if not trials or generations < 0:
-            return gates
-        least, best = min((log_error(task.run(g, seeds), full), i) for i, g in enumerate(trials))
-        if least >= error:
-            return gates
-        gates, error = trials[best], least
+            return pattern
+        most, best = max((float(likeness(task, p, compare).mean()), -i) for i, p in enumerate(trials))
+        if most <= reached:
+            return pattern
+        pattern, reached = trials[-best], most
 
 
 def refine(
     task: Task,
-    gates: Gates,
-    seeds: Sequence[int],
-    full: Tensor,
-    compare: Sequence[int],
-    full_compare: Tensor,
+    pattern: Pattern,
+    recorded: Reference,
+    compare: Reference,
     rounds: int,
     projections: int,
+    at_once: int,
+    kinds: str | None = None,
     advance: Callable[..., None] = lambda count, title=None: None,
-) -> list[Gates]:
-    """Coordinate descent on real generations: each round records the present gates anew and follows what that says.
+) -> list[Pattern]:
+    """Coordinate descent on real generations: each round records the present pattern anew and follows what that says.
 
     The surrogate is exact only near the generation it was recorded on. So a round tries the way
     to its optimum from the far end: the whole way, then half the swaps, a quarter, down to one;
-    the first that lowers the real error is kept, and a round without one is the last.
+    the first that is nearer to the full run on `compare` is kept, and a round without one is the last.
 
     Args:
-        seeds: Images to record, with `full`, the latents of their full run.
-        compare: Images that decide, others than those recorded, with `full_compare`.
+        compare: Images that decide, others than those recorded.
         projections: Backward passes per round.
+        at_once: Images that a round records: of `recorded`, others than the round before, so that none is fitted twice in a row.
+        kinds: The forecasts to choose from; by default that of the task's order.
         advance: Called with 1 after each round.
 
     Returns:
-        The gates kept, in order, beginning with those given. The first rounds are the same however many follow.
+        The patterns kept, in order, beginning with the one given. The first rounds are the same however many follow.
     """
-    line = [gates]
-    error = log_error(task.run(gates, compare), full_compare)
+    line = [pattern]
+    reached = float(likeness(task, pattern, compare).mean())
     for done in range(rounds):
-        surrogate = record(task.sampler, task.layout, task.reuse, task.order, seeds, projections, gates, full)
-        way = path(task, surrogate, gates)
+        surrogate = around(task, pattern, recorded.part(done, at_once), projections)
+        way = path(task, surrogate, pattern, kinds)
         length = len(way)
         while length:
-            trial_error = log_error(task.run(way[length - 1], compare), full_compare)
-            if trial_error < error:
-                gates, error = way[length - 1], trial_error
-                line.append(gates)
+            trial = float(likeness(task, way[length - 1], compare).mean())
+            if trial > reached:
+                pattern, reached = way[length - 1], trial
+                line.append(pattern)
                 break
             length //= 2
-        # Of the latents, with noise of unit size as the peak.
-        advance(1, f"Refining: {-10 * error:.1f} dB")
+        advance(1, f"Refining: {reached:.1f} dB")
         if not length:
             advance(rounds - done - 1)
             break
     return line
 
 
-def likeness(
-    task: Task, gates: Gates, seeds: Sequence[int], full: Tensor, forecasts: Forecasts | None = None
-) -> Tensor:
-    """PSNR in dB of each decoded image to `full`, those of the full run: what a plan is stated by.
-
-    Latents tell another story: what overshoots the range of images does not show in them.
-    """
-    with torch.no_grad():
-        return psnr(task.sampler.decode(task.run(gates, seeds, forecasts)), full)
+def around(task: Task, pattern: Pattern, recorded: Reference, projections: int) -> Surrogate:
+    """The prediction from a recording of what `pattern` gives."""
+    return record(
+        task.sampler, task.layout, task.reuse, task.order, recorded.seeds, projections,
+        pattern.gates, recorded.images, pattern.kinds, cautious=True,
+    )  # fmt: skip
 
 
-def surest(task: Task, line: Sequence[Gates], seeds: Sequence[int], full: Tensor) -> Gates:
-    """The last gates of `line` that are better than those chosen before them by more than chance.
+def surest(task: Task, line: Sequence[Pattern], judges: Reference) -> tuple[Pattern, Tensor]:
+    """The last of `line` that is better than those chosen before it by more than chance; and its likeness.
 
-    Whoever chooses among many on few images chooses what fits those. So `seeds` are none that the line was made on, and
+    Whoever chooses among many on few images chooses what fits those. So `judges` are none that the line was made on, and
     a gain counts if it is more than one standard error of its mean over images: a longer line ends where
-    a shorter one does, or better on `seeds`.
-
-    Args:
-        full: Images of the full run on `seeds`.
+    a shorter one does, or better on `judges`.
     """
-    chosen, reached = line[0], likeness(task, line[0], seeds, full)
-    for gates in line[1:]:
-        trial = likeness(task, gates, seeds, full)
-        if _sure(trial - reached):
-            chosen, reached = gates, trial
-    return chosen
+    chosen, reached = line[0], likeness(task, line[0], judges)
+    for pattern in line[1:]:
+        trial = likeness(task, pattern, judges)
+        if sure(trial - reached):
+            chosen, reached = pattern, trial
+    return chosen, reached
 
 
-def _sure(gain: Tensor) -> bool:
+def sure(gain: Tensor) -> bool:
     """Whether a gain on some images is more than one standard error of its mean."""
     return bool(gain.mean() > gain.std(correction=0) / len(gain) ** 0.5)
-
-
-def foresee(
-    task: Task,
-    gates: Gates,
-    seeds: Sequence[int],
-    full: Tensor,
-    judges: Sequence[int],
-    full_judges: Tensor,
-    projections: int,
-) -> Forecasts | None:
-    """Kinds of forecast for every closed gate by itself, if they are surely better on `judges` than the task's order.
-
-    Args:
-        seeds: Images to record around `gates`, with `full`, the latents of their full run.
-        full_judges: Images of the full run on `judges`.
-    """
-    surrogate = record(task.sampler, task.layout, task.reuse, task.order, seeds, projections, gates, full)
-    kinds, _ = surrogate.forecasts(task.layout.closure(gates, task.reuse))
-    plain = likeness(task, gates, judges, full_judges)
-    return kinds if _sure(likeness(task, gates, judges, full_judges, kinds) - plain) else None

@@ -1,8 +1,8 @@
 """Predicts what any pattern of gates does to the images, from one recorded generation and a few backward passes.
 
 The Fisher idea of SDFP, carried over to time: a unit that is reused errs by (what is reused -
-what it would have computed), and the final latents move by the Jacobian of the rest of the
-generation times that error. Random projections v of the latents need only vector-Jacobian
+what it would have computed), and the images move by the Jacobian of the rest of the
+generation times that error. Random projections v of the images need only vector-Jacobian
 products u = J^T v, one backward pass for all units and calls at once; and because a reused value
 is a combination of values the unit computed in earlier calls, all that is needed of unit i is the
 table of inner products P[t, a] = <u[t], value[a]>. The expected squared error of a pattern is then
@@ -23,115 +23,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sdfp_vllm.dipgo.clock import Clock
-from sdfp_vllm.dipgo.forecast import KINDS, Forecasts, coefficients
+from sdfp_vllm.dipgo.forecast import KINDS, Forecasts
 from sdfp_vllm.dipgo.history import History
 from sdfp_vllm.dipgo.layout import Gates, Layout, Unit
+from sdfp_vllm.dipgo.prediction import CAUTION, Surrogate
 from sdfp_vllm.dipgo.sampling import Sampler
 from sdfp_vllm.dipgo.streams import added, entering, passed
 
 _HOOK = "sdfp_dipgo_trace"
-_REMEMBERED = 50_000
-
-
-class Surrogate:
-    """Predicted error of gates, linear in each unit's own error around the generation that was recorded.
-
-    Args:
-        table: (projections, units, steps, steps): P as above; entry [.., t, a] for a <= t.
-        around: The gates of the recorded generation.
-        offset: (projections,): the projections of its latents' error; zeros for the full run.
-        stages: The steps at which a denoiser takes over.
-    """
-
-    def __init__(
-        self,
-        table: NDArray,
-        layout: Layout,
-        reuse: str,
-        order: int,
-        around: Gates,
-        offset: NDArray,
-        stages: Sequence[int] = (0,),
-    ):
-        self._stages = set(stages)
-        self._table, self._layout, self._reuse, self._order = table, layout, reuse, order
-        self._columns: dict[tuple[int, bytes, bytes], NDArray] = {}
-        self._offset = offset
-        self._offset = offset - self._sum(around)
-
-    def loss(self, gates: Gates) -> float:
-        """Predicted mean squared error of the final latents, summed over an image's elements."""
-        return float(np.mean((self._offset + self._sum(gates)) ** 2))
-
-    def forecasts(self, gates: Gates, sweeps: int = 4) -> tuple[Forecasts, float]:
-        """For each closed gate the kind of forecast with which the predicted error is least, and that error.
-
-        What a forecast errs by is in the table, for every kind: so each is chosen exactly, given the others. They are gone
-        through in turn, from those of the surrogate's order, until none changes or `sweeps` are done.
-
-        Returns:
-            (steps, units) of `forecast.KINDS`; and the predicted error, as `loss`.
-        """
-        live = self._layout.live(gates, self._reuse)
-        executed = gates & live
-        kinds = np.full(gates.shape, str(self._order))
-        closed = [(int(t), int(i)) for t, i in np.argwhere(live & ~executed)]
-        errors = {(t, i): self._errors(t, i, executed[:, i]) for t, i in closed}
-        total = self._offset + np.sum([errors[place][str(self._order)] for place in closed], axis=0)
-        for _ in range(sweeps):
-            changed = False
-            for place in closed:
-                without = total - errors[place][str(kinds[place])]
-                losses = {kind: np.mean((without + error) ** 2) for kind, error in errors[place].items()}
-                best = min(losses, key=lambda kind: float(losses[kind]))
-                if best != kinds[place]:
-                    kinds[place], changed = best, True
-                    total = without + errors[place][best]
-            if not changed:
-                break
-        return kinds, float(np.mean(total**2))
-
-    def _errors(self, step: int, unit: int, executed: NDArray[np.bool_]) -> dict[str, NDArray]:
-        """What each kind of forecast in one step errs by: (projections,) each."""
-        began = max(s for s in self._stages if s <= step)
-        computed = [s for s in range(step - 1, began - 1, -1) if executed[s]][:3]
-        table = self._table[:, unit, step]
-        return {
-            kind: sum(
-                c * table[:, s] for c, s in zip(coefficients(kind, step, computed), computed, strict=False)
-            )
-            - table[:, step]
-            for kind in KINDS
-        }
-
-    def _sum(self, gates: Gates) -> NDArray:
-        """The projected errors of all reused values that reach the prediction: (projections,)."""
-        live = self._layout.live(gates, self._reuse)
-        executed = gates & live
-        # Searches change one or two units at a time: the others' sums are taken from before.
-        if len(self._columns) > _REMEMBERED:
-            self._columns.clear()
-        total = np.zeros(len(self._offset))
-        for i in range(gates.shape[1]):
-            key = (i, live[:, i].tobytes(), executed[:, i].tobytes())
-            if key not in self._columns:
-                self._columns[key] = self._unit_sum(i, live[:, i], executed[:, i])
-            total += self._columns[key]
-        return total
-
-    def _unit_sum(self, unit: int, live: NDArray[np.bool_], executed: NDArray[np.bool_]) -> NDArray:
-        table = self._table[:, unit]
-        total = np.zeros(len(table))
-        last, before = 0, -1
-        for t in range(len(live)):
-            if t in self._stages:
-                last, before = t, -1
-            elif executed[t]:
-                last, before = t, last
-            elif live[t]:
-                ahead = (t - last) / (last - before) if self._order == 1 and before >= 0 else 0.0
-                total += table[:, t, last] * (1 + ahead) - table[:, t, before] * ahead - table[:, t, t]
-        return total
+_BEYOND = 0.1  # of an error beyond the range of images
 
 
 def record(
@@ -143,39 +43,89 @@ def record(
     projections: int,
     gates: Gates | None = None,
     full: Tensor | None = None,
+    kinds: Forecasts | None = None,
+    at_once: int | None = None,
+    cautious: bool = False,
 ) -> Surrogate:
     """Runs one generation with `gates` (default: the full run) and `projections` backward passes.
 
-    Memory: the activations of all units in all calls, for `len(seeds)` images at once.
+    Memory: the activations of all units in all calls, for `at_once` images (default: all), and the decoder's.
 
     Args:
-        full: Latents of the full run on `seeds`; needed with `gates`.
+        order: Of the forecasts of closed gates, where `kinds` does not say it for each.
+        full: What is `seen` of the full run on `seeds`; needed with `gates`.
+        cautious: Predict for a search: with `CAUTION`, and with a weight for every image by `_weights`.
     """
-    calls, units = sampler.calls, len(layout.units)
-    around = np.ones((calls, units), dtype=bool) if gates is None else layout.closure(gates, reuse)
-    with _Trace(sampler, layout, around, reuse == "residual", order) as trace:
-        latents = sampler.latents(seeds)
-        images = len(seeds)
-        error = torch.zeros_like(latents) if full is None else (latents - full).detach()
-        draw = torch.Generator().manual_seed(seeds[0])
-        flat_taps = [leaf for row in trace.taps for unit in row for leaf in unit]
-        tables, offsets = [], []
-        for k in range(projections):
-            v = torch.randn(latents.shape, generator=draw)
-            adjoints = torch.autograd.grad(
-                (latents * v).sum(), flat_taps, retain_graph=k + 1 < projections, allow_unused=True
-            )
-            tables.append(_products(trace, iter(adjoints), images))
-            offsets.append((error * v).flatten(1).sum(1).numpy())
+    around = np.ones((sampler.calls, len(layout.units)), dtype=bool)
+    if gates is not None:
+        around = layout.closure(gates, reuse)
+    if kinds is None:
+        kinds = np.full(around.shape, str(order))
+    at_once = at_once or len(seeds)
+    recorded = []
+    for first in range(0, len(seeds), at_once):
+        some = slice(first, first + at_once)
+        with _Trace(sampler, layout, around, reuse == "residual", kinds) as trace:
+            recorded += _projected(trace, seeds[some], projections, None if full is None else full[some])
+    table = np.concatenate([table for table, _ in recorded]).astype(np.float64)
     return Surrogate(
-        np.concatenate(tables).astype(np.float64),
+        table,
         layout,
         reuse,
         order,
         around,
-        np.concatenate(offsets).astype(np.float64),
+        np.concatenate([offset for _, offset in recorded]).astype(np.float64),
         sampler.rhythm.stages,
+        weights=_weights([t for t, _ in recorded], projections) if cautious else None,
+        caution=CAUTION if cautious else 0.0,
+        kinds=kinds,
     )
+
+
+def seen(sampler: Sampler, latents: Tensor) -> Tensor:
+    """What people see of latents: decoded images. What is beyond their range, where guidance takes many pixels, hardly counts.
+
+    It counts a little, so that a gate that moves nothing else is not free.
+    """
+    images = sampler.decode(latents)
+    within = images.clamp(-1, 1)
+    return within + _BEYOND * (images - within)
+
+
+def _projected(
+    trace: _Trace, seeds: Sequence[int], projections: int, full: Tensor | None
+) -> list[tuple[NDArray, NDArray]]:
+    """Of each projection the table (images, units, steps, steps), and the error of what is seen (images,)."""
+    sampler = trace.sampler
+    images = seen(sampler, sampler.latents(seeds))
+    error = torch.zeros_like(images) if full is None else (images - full).detach()
+    draw = torch.Generator().manual_seed(seeds[0])
+    flat_taps = [leaf for row in trace.taps for unit in row for leaf in unit]
+    found = []
+    for k in range(projections):
+        v = torch.randn(images.shape, generator=draw)
+        adjoints = torch.autograd.grad(
+            (images * v).sum(), flat_taps, retain_graph=k + 1 < projections, allow_unused=True
+        )
+        offset = (error * v).flatten(1).sum(1).numpy()
+        found.append((_products(trace, iter(adjoints), len(seeds)), offset))
+    return found
+
+
+def _weights(tables: Sequence[NDArray], projections: int) -> NDArray:
+    """A weight for each row of `tables`: one over what its image errs by where single values are taken from the step before.
+
+    Likeness in dB is a mean of logarithms, in which an image that errs much counts as one that errs little. In a plain mean of
+    squares a few images are nearly all.
+    """
+    errors = []
+    for first in range(0, len(tables), projections):
+        batch = np.stack(tables[first : first + projections])
+        before, own = (np.diagonal(batch, -k, axis1=-2, axis2=-1) for k in (1, 0))
+        errors += [((before - own[..., 1:]) ** 2).mean((0, 2, 3), dtype=np.float64)] * len(batch)
+    error = np.concatenate(errors)
+    largest = error.max()
+    return 1 / np.maximum(error, 1e-3 * largest) if largest > 0 else np.ones_like(error)
 
 
 def _products(trace: _Trace, adjoints: Any, images: int) -> NDArray:
@@ -201,27 +151,28 @@ def _products(trace: _Trace, adjoints: Any, images: int) -> NDArray:
 class _Trace:
     """Hooks that run every unit, note what it computes, and put a differentiable zero on what is passed on."""
 
-    def __init__(self, sampler: Sampler, layout: Layout, gates: Gates, residual: bool, order: int):
-        self._sampler, self._layout = sampler, layout
-        self._gates, self._residual, self._order = gates, residual, order
+    def __init__(self, sampler: Sampler, layout: Layout, gates: Gates, residual: bool, kinds: Forecasts):
+        self.sampler, self._layout = sampler, layout
+        self._gates, self._residual, self._kinds = gates, residual, kinds
         calls, units = gates.shape
         self.values: list[list[list[Tensor]]] = [[[] for _ in range(units)] for _ in range(calls)]
         self.taps: list[list[list[Tensor]]] = [[[] for _ in range(units)] for _ in range(calls)]
 
     def __enter__(self) -> _Trace:
-        self.clock = Clock(self._sampler.rhythm)
-        for stage, denoiser in enumerate(self._sampler.denoisers):
+        self.clock = Clock(self.sampler.rhythm)
+        for stage, denoiser in enumerate(self.sampler.denoisers):
             for i, (unit, module) in enumerate(
                 zip(self._layout.units, self._layout.modules(denoiser), strict=True)
             ):
-                tap = _Tap(self, i, unit, self._gates[:, i].tolist(), self._residual, self._order)
+                runs, kinds = self._gates[:, i].tolist(), self._kinds[:, i].tolist()
+                tap = _Tap(self, i, unit, runs, kinds, self._residual)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(tap, _HOOK)
             registry = HookRegistry.check_if_exists_or_initialize(denoiser)
             registry.register_hook(self.clock.hook(stage), _HOOK + "_clock")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for denoiser in self._sampler.denoisers:
+        for denoiser in self.sampler.denoisers:
             registry = HookRegistry.check_if_exists_or_initialize(denoiser)
             registry.remove_hook(_HOOK + "_clock", recurse=False)
             for module in self._layout.modules(denoiser):
@@ -229,15 +180,17 @@ class _Trace:
 
 
 class _Tap(ModelHook):
-    def __init__(self, trace: _Trace, index: int, unit: Unit, runs: list[bool], residual: bool, order: int):
+    def __init__(
+        self, trace: _Trace, index: int, unit: Unit, runs: list[bool], kinds: list[str], residual: bool
+    ):
         super().__init__()
         self._trace, self._index, self._unit, self._runs, self._residual = trace, index, unit, runs, residual
-        self._order = order
+        self._kinds = kinds
         self._histories: dict[int, History] = {}
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step, branch = self._trace.clock.step, self._trace.clock.now.branch
-        history = self._histories.setdefault(branch, History(self._order))
+        history = self._histories.setdefault(branch, History(max(KINDS.values())))
         # Of the input as it is now: the unit may write into it.
         streams = [x.clone() for x in entering(self._unit, module, args, kwargs)] if self._residual else []
         output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
@@ -250,7 +203,7 @@ class _Tap(ModelHook):
             history.store(step, computed)
         else:
             # Detached: what a later reuse of the same value does is an error of that later call.
-            given = history.recall(step)
+            given = history.recall(step, self._kinds[step])
         taps = [torch.zeros_like(leaf).requires_grad_() for leaf in given]
         self._trace.values[step][self._index] += computed
         self._trace.taps[step][self._index] += taps

@@ -24,7 +24,9 @@ _FURTHEST = 0.7  # a time counts as at most this far from what is known (in loga
 _LONG = 1024.0  # tokens of context from which on a time teaches what they cost, and below which all else
 _LONG_SLOWEST = 1 / 8  # contexts change with every request
 _LEAST = 0.3  # of a time, what a short context leaves to all else
-_ONE_READING = 64  # K/V are read once for all rows of a request: an error is sooner that of `first`; ratio of variances
+_ONE_READING = (
+    64  # K/V are read once for all rows of a request: an error is sooner that of `first`; ratio of variances
+)
 _UNKNOWN, _FURTHEST_UNKNOWN = 8, 1.5  # for so many times at first, what they cost is not known at all
 
 

@@ -20,9 +20,9 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from sdfp_vllm.dipgo import apply_dipgo
-from sdfp_vllm.dipgo.job import task_of
 from sdfp_vllm.dipgo.sampling import Conditions, Sampler
 from sdfp_vllm.dipgo.surrogate import record
+from sdfp_vllm.dipgo.task import task_of
 from sdfp_vllm.errors import PlanError, SdfpError
 from tests.support.tiny_pipelines import tiny_sampler
 from tests.unit.dipgo.test_dipgo_runtime import SEEDS, count_executions, gates_of, make_plan

@@ -14,17 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.dipgo import apply_dipgo, families, load_plan
+from sdfp_vllm.dipgo.descent import evenly
 from sdfp_vllm.dipgo.families import is_listed, layout_of
 from sdfp_vllm.dipgo.history import recalled
-from sdfp_vllm.dipgo.job import SearchOptions, find, macs_of, task_of
+from sdfp_vllm.dipgo.job import SearchOptions, find
 from sdfp_vllm.dipgo.layout import Layout, Stream, Unit
 from sdfp_vllm.dipgo.quality import ssim
-from sdfp_vllm.dipgo.refine import evenly, slides
+from sdfp_vllm.dipgo.refine import slides
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.dipgo.sampling import Conditions, _with_negative
 from sdfp_vllm.dipgo.signature import check_layout, load_layout, save_layout, traced
 from sdfp_vllm.dipgo.supernet import SuperNet
 from sdfp_vllm.dipgo.surrogate import record
+from sdfp_vllm.dipgo.task import Pattern, macs_of, task_of
 from sdfp_vllm.errors import PlanError, SdfpError
 from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_pipelines import ALL_KINDS, tiny_sampler
@@ -186,7 +188,10 @@ def test_experts_take_over_with_nothing_of_each_other():
         make_plan(sampler, closed)
     task = task_of(sampler, "block", "residual", 0, 0.6)
     assert evenly(task)[change].all() and task.fits(evenly(task))
-    assert all(g[[0, change]].all() for g in slides(gates_of(sampler, task.layout), rhythm.stages))
+    assert all(
+        p.gates[[0, change]].all()
+        for p in slides(Pattern.of(gates_of(sampler, task.layout), "0"), rhythm.stages)
+    )
     assert not recalled([True] * change + [True, False], 1, rhythm.stages)[change + 1, :change].any()
 
 
@@ -240,6 +245,7 @@ def test_the_supernet_is_the_pipeline_and_its_hard_gates_the_runtime(kind):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.usefixtures("latents_seen")
 def test_the_prediction_is_exact_in_the_last_step(kind):
     """There the latents are linear in the prediction, whatever the scheduler and however many calls."""
     sampler = tiny_sampler(kind)
@@ -416,6 +422,7 @@ def test_flux_with_a_negative_prompt_is_called_twice_a_step():
     assert macs_of(both, both.layout("block")).rest > 1.9 * macs_of(sampler, sampler.layout("block")).rest
 
 
+@pytest.mark.usefixtures("latents_seen")
 def test_a_forecast_of_an_expert_takes_no_line_from_the_other():
     """The second expert begins in the step before last, so in the last one there is one value of its own."""
     sampler = tiny_sampler("wan")

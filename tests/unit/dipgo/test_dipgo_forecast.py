@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
 
-from sdfp_vllm.dipgo import apply_dipgo, job, load_plan, refine
+from sdfp_vllm.dipgo import apply_dipgo, job, load_plan
 from sdfp_vllm.dipgo.forecast import KINDS, coefficients
 from sdfp_vllm.dipgo.history import History, recalled
-from sdfp_vllm.dipgo.job import SearchOptions, search, task_of
+from sdfp_vllm.dipgo.job import SearchOptions, search
 from sdfp_vllm.dipgo.plan import forecast_rows
 from sdfp_vllm.dipgo.quality import psnr
+from sdfp_vllm.dipgo.refine import Reference, surest
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.surrogate import record
+from sdfp_vllm.dipgo.task import Pattern, task_of
 from tests.support.tiny_pipelines import tiny_sampler
 from tests.unit.dipgo.test_dipgo_runtime import SEEDS, gates_of, make_plan
 
@@ -76,6 +77,7 @@ def test_every_gate_keeps_as_many_values_as_its_kind_takes():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("latents_seen")
 def test_the_prediction_of_a_forecast_is_exact_where_the_generation_is_linear(kind):
     sampler = tiny_sampler("dit")
     task = task_of(sampler, "step", "output", 0, 1.0)
@@ -89,8 +91,7 @@ def test_the_prediction_of_a_forecast_is_exact_where_the_generation_is_linear(ki
     real = np.concatenate(
         [(moved * torch.randn(full.shape, generator=draw)).flatten(1).sum(1).numpy() for _ in range(3)]
     )
-    predicted = surrogate._offset + surrogate._errors(sampler.calls - 1, 0, gates[:, 0])[kind]
-    np.testing.assert_allclose(predicted, real, rtol=2e-3, atol=1e-4)
+    assert surrogate.loss(gates, kinds) == pytest.approx((real**2).mean(), rel=2e-3)
 
 
 def test_what_is_chosen_is_predicted_no_worse_than_any_one_kind_and_none_alone_would_be_better():
@@ -98,16 +99,15 @@ def test_what_is_chosen_is_predicted_no_worse_than_any_one_kind_and_none_alone_w
     task = task_of(sampler, "block", "residual", 1, 1.0)
     surrogate = record(sampler, task.layout, "residual", 1, SEEDS, 4)
     gates = gates_of(sampler, task.layout, seed=2)
-    kinds, loss = surrogate.forecasts(gates, sweeps=50)
-    assert loss < surrogate.loss(gates)
-    places = [tuple(p) for p in np.argwhere(~gates)]
-    errors = {p: surrogate._errors(*p, gates[:, p[1]]) for p in places}
-    total = surrogate._offset + sum(errors[p][str(kinds[p])] for p in places)
-    assert np.mean(total**2) == pytest.approx(loss)
-    for p in places:
-        for error in errors[p].values():
-            assert np.mean((total - errors[p][str(kinds[p])] + error) ** 2) >= loss * (1 - 1e-9)
-    assert len({str(kinds[p]) for p in places}) > 1
+    kinds = surrogate.choose_kinds(gates, sweeps=50)
+    loss = surrogate.loss(gates, kinds)
+    assert loss < min(surrogate.loss(gates, np.full(gates.shape, kind)) for kind in KINDS)
+    for place in np.argwhere(~gates):
+        for kind in KINDS:
+            other = kinds.copy()
+            other[tuple(place)] = kind
+            assert surrogate.loss(gates, other) >= loss * (1 - 1e-9)
+    assert len(set(kinds[~gates].tolist())) > 1
 
 
 def test_a_plan_says_each_forecast_and_runs_it(tmp_path):
@@ -127,28 +127,27 @@ def test_a_plan_says_each_forecast_and_runs_it(tmp_path):
         make_plan(sampler, gates, reuse="residual", forecasts=["..."] * 8)
 
 
-def test_forecasts_are_taken_only_if_they_are_surely_better(monkeypatch):
+def test_forecasts_are_taken_only_if_they_are_surely_better():
     sampler = tiny_sampler("dit", steps=8)
     task = task_of(sampler, "step", "output", 0, 1.0)
     gates = np.ones((8, 1), dtype=bool)
     gates[3:] = False  # so far ahead a parabola goes astray
-    judges = [31, 32, 33, 34]
-    with torch.no_grad():
-        full = sampler.decode(sampler.latents(judges))
-
-    def foreseen(order, kind):
-        chosen = SimpleNamespace(forecasts=lambda gates: (np.full(gates.shape, kind), 0.0))
-        monkeypatch.setattr(refine, "record", lambda *_: chosen)
-        return refine.foresee(replace(task, order=order), gates, SEEDS, full, judges, full, 1)
-
-    assert foreseen(0, "2") is None
-    assert (foreseen(2, "0") == "0").all()
+    judges = Reference.of(sampler, [31, 32, 33, 34])
+    last, parabola = Pattern.of(gates, "0"), Pattern.of(gates, "2")
+    assert surest(task, [last, parabola], judges)[0] is last
+    assert surest(task, [parabola, last], judges)[0] is last
 
 
 def test_a_plans_quality_is_that_of_its_forecasts(tmp_path, monkeypatch):
     folder = tmp_path / "dit"
     tiny_sampler("dit").pipe.save_pretrained(folder)
-    monkeypatch.setattr(job, "foresee", lambda task, gates, *_: np.full(gates.shape, "H"))
+    found = job.find
+
+    def foretold(*arguments):
+        each = found(*arguments)
+        return replace(each, forecasts=np.full(each.gates.shape, "H"))
+
+    monkeypatch.setattr(job, "find", foretold)
     options = SearchOptions(
         steps=6, budget=0.6, granularity="block", images=1, projections=1, rounds=0, test_images=2
     )

@@ -12,10 +12,11 @@ from sdfp_vllm.cli.app import app
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.dipgo import stopwatch
 from sdfp_vllm.dipgo.budget import TOLERANCE
-from sdfp_vllm.dipgo.job import SearchOptions, check, find, task_of
+from sdfp_vllm.dipgo.job import SearchOptions, check, find
 from sdfp_vllm.dipgo.latency import Latency
 from sdfp_vllm.dipgo.plan import load_plan
 from sdfp_vllm.dipgo.report import verdict
+from sdfp_vllm.dipgo.task import task_of
 from sdfp_vllm.errors import PlanError, SdfpError
 from tests.support.tiny_pipelines import tiny_sampler
 from tests.unit.dipgo.test_dipgo_plan import make_plan as saved_plan

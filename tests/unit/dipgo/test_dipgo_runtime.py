@@ -18,9 +18,9 @@ from sdfp_vllm.dipgo import apply_dipgo
 from sdfp_vllm.dipgo.families import layout_of
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint
 from sdfp_vllm.dipgo.history import History
-from sdfp_vllm.dipgo.job import macs_of
 from sdfp_vllm.dipgo.plan import DipgoPlan, Provenance, rows
 from sdfp_vllm.dipgo.runtime import Skipping
+from sdfp_vllm.dipgo.task import macs_of
 from sdfp_vllm.errors import SdfpError
 from tests.support.tiny_pipelines import ALL_KINDS, STEPS, scheduler, tiny_sampler
 

@@ -8,17 +8,19 @@ import torch
 
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.dipgo import learn
+from sdfp_vllm.dipgo.descent import evenly, greedy, path
 from sdfp_vllm.dipgo.families import layout_of
-from sdfp_vllm.dipgo.job import SearchOptions, check, find, task_of
+from sdfp_vllm.dipgo.job import SearchOptions, check, find
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
 from sdfp_vllm.dipgo.macs import count_macs
 from sdfp_vllm.dipgo.objective import consistency
 from sdfp_vllm.dipgo.pruner import Pruner, straight_through
 from sdfp_vllm.dipgo.quality import psnr, ssim
-from sdfp_vllm.dipgo.refine import evenly, greedy, likeness, log_error, path, refine, slide, slides, surest
+from sdfp_vllm.dipgo.refine import Reference, likeness, refine, slide, slides, surest
 from sdfp_vllm.dipgo.runtime import Skipping
 from sdfp_vllm.dipgo.supernet import SuperNet
 from sdfp_vllm.dipgo.surrogate import record
+from sdfp_vllm.dipgo.task import Pattern, task_of
 from sdfp_vllm.errors import SdfpError
 from tests.support.tiny_pipelines import KINDS, tiny_sampler
 
@@ -191,6 +193,7 @@ def projected(sampler, latents, full, count):
 
 
 @pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.usefixtures("latents_seen")
 def test_the_prediction_is_exact_where_the_generation_is_linear(order):
     # In the last call the prediction enters the latents linearly (DDIM).
     sampler = tiny_sampler("dit")
@@ -205,6 +208,7 @@ def test_the_prediction_is_exact_where_the_generation_is_linear(order):
 
 
 @pytest.mark.parametrize(("kind", "reuse"), [("dit", "residual"), ("dit", "output"), ("sd", "output")])
+@pytest.mark.usefixtures("latents_seen")
 def test_the_prediction_holds_near_the_recorded_generation(kind, reuse):
     sampler = tiny_sampler(kind)
     task = task_of(sampler, "block", reuse, 0, 1.0)
@@ -218,33 +222,35 @@ def test_the_prediction_holds_near_the_recorded_generation(kind, reuse):
 def test_greedy_refinement_and_choice_keep_to_the_budget_and_improve():
     sampler = tiny_sampler("dit", steps=6)
     task = task_of(sampler, "block", "residual", 0, 0.7)
-    full = sampler.latents(SEEDS)
+    full = Reference.of(sampler, SEEDS)
     surrogate = record(sampler, task.layout, task.reuse, 0, SEEDS, 4)
-    gates = greedy(task, surrogate)
-    assert task.fits(gates) and gates[0].all()
-    way = path(task, surrogate, gates)
-    losses = [surrogate.loss(g) for g in (gates, *way)]
-    assert losses == sorted(losses, reverse=True) and all(task.fits(g) for g in way)
-    bad = np.ones_like(gates)
-    bad[1:3] = False  # the noisiest calls, where reuse hurts most
-    assert task.fits(bad) and surrogate.loss(bad) > surrogate.loss(gates)
-    *_, better = refine(task, bad, SEEDS, full, SEEDS, full, rounds=2, projections=4)
-    assert log_error(task.run(better, SEEDS), full) < log_error(task.run(bad, SEEDS), full)
-    assert task.fits(better)
+    pattern = greedy(task, surrogate)
+    assert task.fits(pattern.gates) and pattern.gates[0].all()
+    way = path(task, surrogate, pattern)
+    losses = [surrogate.loss(p.gates, p.kinds) for p in (pattern, *way)]
+    assert losses == sorted(losses, reverse=True) and all(task.fits(p.gates) for p in way)
+    gates = np.ones_like(pattern.gates)
+    gates[1:3] = False  # the noisiest calls, where reuse hurts most
+    bad = Pattern.of(gates, "0")
+    assert task.fits(gates) and surrogate.loss(gates) > surrogate.loss(pattern.gates)
+    *_, better = refine(task, bad, full, full, rounds=2, projections=4, at_once=2)
+    assert likeness(task, better, full).mean() > likeness(task, bad, full).mean()
+    assert task.fits(better.gates)
 
 
 def test_sliding_moves_calls_until_no_neighbouring_place_is_better():
     sampler = tiny_sampler("dit", steps=8)
     task = task_of(sampler, "step", "output", 0, 0.5)
-    full = sampler.latents(SEEDS)
-    start = np.array([True] + [False] * 4 + [True] * 3)[:, None]  # the noisiest calls left out
-    assert len(slides(start)) == 1 and all(g[0].all() and g.sum() == 4 for g in slides(start))
-    end = slide(task, start, SEEDS, full, generations=1000)
-    error = log_error(task.run(end, SEEDS), full)
-    assert error < log_error(task.run(start, SEEDS), full)
-    assert all(log_error(task.run(g, SEEDS), full) >= error for g in slides(end))
+    full = Reference.of(sampler, SEEDS)
+    gates = np.array([True] + [False] * 4 + [True] * 3)[:, None]  # the noisiest calls left out
+    start = Pattern.of(gates, "0")
+    assert len(slides(start)) == 1 and all(p.gates[0].all() and p.gates.sum() == 4 for p in slides(start))
+    end = slide(task, start, full, generations=1000)
+    reached = likeness(task, end, full).mean()
+    assert reached > likeness(task, start, full).mean()
+    assert all(likeness(task, p, full).mean() <= reached for p in slides(end))
     assert (
-        slide(task, start, SEEDS, full, generations=0.4) == start
+        slide(task, start, full, generations=0.4).gates == gates
     ).all()  # one trial costs half a generation
 
 
@@ -298,29 +304,28 @@ def test_quality_measures():
     assert ssim(image[:, :, :8, :8], image[:, :, :8, :8]).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_a_longer_line_of_gates_never_ends_worse_on_images_that_no_gate_was_chosen_on():
+def lines(sampler, task):
+    """Patterns that were chosen on no image, and images to judge them on."""
+    judges = Reference.of(sampler, [31, 32, 33, 34])
+    return [Pattern.of(some_gates(sampler, task.layout, seed), "0") for seed in range(6)], judges
+
+
+def test_a_longer_line_never_ends_worse_on_images_that_no_pattern_was_chosen_on():
     sampler = tiny_sampler("dit", steps=6)
     task = task_of(sampler, "block", "residual", 0, 0.5)
-    judges = [31, 32, 33, 34]
-    with torch.no_grad():
-        full = sampler.decode(sampler.latents(judges))
-    line = [some_gates(sampler, task.layout, seed) for seed in range(6)]
-    reached = lambda gates: likeness(task, gates, judges, full).mean().item()  # noqa: E731
-    ends = [reached(surest(task, line[:k], judges, full)) for k in range(1, len(line) + 1)]
+    line, judges = lines(sampler, task)
+    ends = [surest(task, line[:k], judges)[1].mean().item() for k in range(1, len(line) + 1)]
     assert ends == sorted(ends) and ends[0] < ends[-1]
-    last = [reached(gates) for gates in line]
+    last = [likeness(task, pattern, judges).mean().item() for pattern in line]
     assert last != sorted(last)  # whoever takes the last of a line ends worse with some
 
 
-def test_gates_that_fit_the_images_they_were_chosen_on_are_not_believed():
+def test_patterns_that_fit_the_images_they_were_chosen_on_are_not_believed():
     sampler = tiny_sampler("dit", steps=6)
     task = task_of(sampler, "block", "residual", 0, 0.5)
-    judges = [31, 32, 33, 34]
-    with torch.no_grad():
-        full = sampler.decode(sampler.latents(judges))
-    draw = [some_gates(sampler, task.layout, seed) for seed in range(6)]
-    line = sorted(draw, key=lambda g: -likeness(task, g, judges, full).mean())
-    assert (surest(task, line, judges, full) == line[0]).all()  # every one is worse than the one before
-    best = surest(task, line[::-1], judges, full)
-    reached = [likeness(task, g, judges, full).mean() for g in (best, line[-1])]
-    assert reached[0] > reached[1]
+    draw, judges = lines(sampler, task)
+    line = sorted(draw, key=lambda p: -likeness(task, p, judges).mean())
+    assert surest(task, line, judges)[0] is line[0]  # every one is worse than the one before
+    best, reached = surest(task, line[::-1], judges)
+    torch.testing.assert_close(likeness(task, best, judges), reached)
+    assert reached.mean() > likeness(task, line[-1], judges).mean()
