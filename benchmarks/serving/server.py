@@ -47,8 +47,19 @@ class Server:
             p.suspend()
 
     def resume(self) -> None:
-        for p in self.tree():
-            p.resume()
+        """Lets it go on.
+
+        Raises:
+            RuntimeError: If one of its processes is no more.
+        """
+        try:
+            for p in self.tree():
+                p.resume()
+        except psutil.NoSuchProcess as e:
+            raise RuntimeError(
+                f"a process of the server ended while others were measured ({e}): servers are in memory at once, "
+                f"and if that was too much, --only takes fewer; the end of {self.log}:\n{tail(self.log)}"
+            ) from e
 
     def rss_mib(self) -> float:
         """Resident memory of the server and all its children."""
@@ -95,7 +106,8 @@ def serve(
         yield server
     finally:
         if process.poll() is None:
-            server.resume()
+            with contextlib.suppress(RuntimeError):
+                server.resume()
         children = server.tree()[1:] if process.poll() is None else []
         process.terminate()
         try:

@@ -4,10 +4,9 @@
     python -m benchmarks.studies.replay_pacing PLAN                    # 33 tokens a request, as in the suite
     python -m benchmarks.studies.replay_pacing PLAN --new-tokens 129
 
-The toy target writes its greedy texts once, and the layers that draft in the plan
-draft 16 tokens from every position of them, at the plan's precisions and with all tokens in the head (a minute on one
-core; acceptance is that of the cost-scaled copy, which computes the same but for what is rounded). Then requests are served on paper, with the costs of that plan: in batches that start together
-(`static`) and with others waiting for every place (`queue`). Shown are tokens a second over plain decoding's, on paper: the
+The toy target writes its greedy texts once, and the layers that draft in the plan draft 16 tokens from every position of
+them, at the plan's precisions and with all tokens in the head (a minute on one core). Then requests are served on paper,
+with the costs of that plan: in batches that start together (`static`) and with others waiting for every place (`queue`). Shown are tokens a second over plain decoding's, on paper: the
 mean over the seeds, the least and the most. Nothing here is a measured speed; `make bench` measures.
 """
 

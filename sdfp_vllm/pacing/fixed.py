@@ -18,6 +18,7 @@ class FixedPolicy(DraftPolicy):
     def __init__(self, paced: DraftPolicy, count: int):
         super().__init__(paced.costs.plan, paced.longest)
         self.paced, self._count = paced, count
+        self.sights = None  # drafts see what they were set up to see
 
     def begin(self, rows: list[Row], context: float = 0.0, seen: float | None = None) -> Round:
         self.costs.at(len(rows), context, context if seen is None else seen)

@@ -133,6 +133,11 @@ class LiveCosts:
         known = self.plan.step_ms(batch) * float(self._step.factors(batch)[-1])
         return known + self._read_by_step.ms(self._seen, batch, 0)
 
+    @property
+    def reading_is_known(self) -> bool:
+        """Whether a long context has taught what a token of it costs."""
+        return self._read.known
+
     def shares(self, batch: int, context: float, seen: float) -> tuple[float, float]:
         """Milliseconds that one request of a batch takes of a verification, and of one more draft: its step and its row.
 

@@ -7,8 +7,9 @@ have yielded lately, one more draft pays exactly if
     chance that it counts  >  rate * milliseconds it adds
 
 (the optimal-stopping rule of a renewal-reward process: stop where the marginal yield falls below the
-average one), and by CAUTION more where that rate is hardly plain decoding's. The chance that draft j counts is the product of the chances of drafts 1..j. Before a
-step is run the next draft's chance is that of its position; once it is run, that of its confidence.
+average one), where the rate is taken for at least CAUTION times plain decoding's. The chance that draft j
+counts is the product of the chances of drafts 1..j. Before a step is run the next draft's chance is that of
+its position; once it is run, that of its confidence.
 
 Exact for sampled requests: whether a token is drafted or kept depends on what stood before it and on
 the distribution it is drawn from, never on the token drawn.
@@ -164,7 +165,7 @@ class DraftPolicy:
         self._rates: dict[tuple[int, int], Average] = {}
         self._pauses = Pauses()
         self.places = Places()
-        self.sights = Sights(plan.acceptance[0], longest)
+        self.sights: Sights | None = Sights(plan.acceptance[0], longest)
 
     # ------------------------------------------------------------ what is known
     def rate(self, kinds: Sequence[int]) -> float:

@@ -20,8 +20,8 @@ _MEMORY = 48.0  # drafts of a request
 _PRIOR = 3.0  # what is known of all counts as so many of its own
 _ALL_MEMORY = 512.0
 _AHEAD = 1.1  # how much better the other sight must look: chances are estimates
-# Rounds after which a request's experience with the sight it does not use is forgotten, so that it may be tried again; twice as
-# many after every trial, up to the latter.
+# Rounds after which a request's experience with the sight it does not use is forgotten, so that it may be tried again: so many,
+# then twice as many each time, up to the latter.
 _FORGOTTEN, _LONGEST_MEMORY = 64, 256
 
 
@@ -92,6 +92,8 @@ class Sights:
         self._all[whole].observe(right, count)
 
     def _sees_all(self, request: _Request, batch: int, context: int, shown: int, costs: LiveCosts) -> bool:
+        if not costs.reading_is_known:  # nothing says yet what seeing all would cost
+            return request.whole
         request.goes_on()
         rates = {
             whole: self._rate(

@@ -17,6 +17,8 @@ CHAT_FIELDS = ("messages", "turns", "prompt")
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 _ANSWERED = {"user", "tool"}  # roles that the assistant answers
 _IMAGE = "image_url"
+# For messages of nothing but pictures: roles have to go on taking turns.
+_UNNAMED = "What is in the picture?"
 
 # Role and content of each: a text, or parts of which at least one is a picture, {"type": "image", "picture": Picture}.
 Messages = list[dict[str, Any]]
@@ -94,14 +96,13 @@ def pictures_in(messages: Messages) -> list[Picture]:
 
 
 def without_pictures(messages: Messages) -> Messages:
-    """The same chat in text alone; messages of nothing but pictures are left out."""
+    """The same chat in text alone; in the place of nothing but pictures stands a question about them."""
     plain = []
     for message in messages:
         content = message["content"]
         if isinstance(content, list):
             content = "\n".join(part["text"] for part in content if part["type"] == "text")
-        if content:
-            plain.append({**message, "content": content})
+        plain.append({**message, "content": content or _UNNAMED})
     return plain
 
 

@@ -24,7 +24,6 @@ from sdfp_vllm.planner.pictures import opened
 from sdfp_vllm.planner.shown import Shown
 
 LONGEST = 2048  # tokens of a chat with its pictures
-_UNNAMED = "What is in the picture?"  # asked where a chat is of nothing but pictures
 # Families that take images and whose plans are made of text alone, with the reason.
 _TEXT_ALONE = {
     "Gemma3ForConditionalGeneration": "the tokens of its images attend to one another both ways, "
@@ -80,7 +79,12 @@ class PictureReader:
                 "Give chats without images.",
             )
         self._placeholder = config.image_token_id
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._processor = _processor(model_dir, trust_remote_code)
+
+    def longest(self, new_tokens: int) -> int:
+        """Most tokens of a chat that the model can still write so many behind."""
+        return LONGEST if self._positions is None else min(LONGEST, self._positions - new_tokens)
 
     def read(self, chat: Chat) -> Pictured:
         """The chat as the model is to be given it.
@@ -88,8 +92,7 @@ class PictureReader:
         Raises:
             SdfpError: If a picture is damaged, or template or processor refuse the chat.
         """
-        plain = without_pictures(chat.messages) or [{"role": "user", "content": _UNNAMED}]
-        question = render_chat(self.tokenizer, plain, chat.where)
+        question = render_chat(self.tokenizer, without_pictures(chat.messages), chat.where)
         found = pictures_in(chat.messages)
         if not found:
             return Pictured(chat.where, question, torch.zeros(len(question), dtype=torch.bool), question)
@@ -145,8 +148,10 @@ def _for_template(messages: Messages) -> Messages:
     ]
 
 
-def read_pictured(chats: Sequence[Chat], reader: PictureReader, count: int, seed: int) -> list[Pictured]:
-    """Up to `count` of the chats, each drawn once, by the same draw as `read_chats`; longer ones than LONGEST are left out.
+def read_pictured(
+    chats: Sequence[Chat], reader: PictureReader, count: int, seed: int, longest: int
+) -> list[Pictured]:
+    """Up to `count` of the chats, each drawn once, by the same draw as `read_chats`; those of more than `longest` tokens are left out.
 
     Raises:
         SdfpError: As `PictureReader.read`, for a chat that is drawn; or if none is left.
@@ -158,12 +163,12 @@ def read_pictured(chats: Sequence[Chat], reader: PictureReader, count: int, seed
         if len(found) == count:
             break
         read = reader.read(chat)
-        if len(read.ids) <= LONGEST:
+        if len(read.ids) <= longest:
             found.append(read)
     if not found:
         raise SdfpError(
             order[0].where.partition(", line")[0],
-            f"has no chat of at most {LONGEST} tokens, its images' with them",
+            f"has no chat of at most {longest} tokens, its images' with them",
             "Give smaller images, or shorter chats.",
         )
     return found

@@ -1,13 +1,13 @@
 """Pictures of calibration rows: in the row itself (`data:`) or in a file (`file:`), never from the network.
 
-What is opened, and how it becomes red, green and blue, is as in vLLM's server, so that a model is shown here what it is
-shown there.
+How a picture becomes red, green and blue is as in vLLM's server, so that a model is shown here what it is shown there.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +18,8 @@ from urllib.request import url2pathname
 from sdfp_vllm.errors import SdfpError
 
 _WAY_OUT = "Put the picture into the row as data:image/png;base64,..., or save it and give file:///its/path."
-# Of those that vLLM opens: others would start programs to be read.
+# vLLM opens more: among them are some that start programs to be read.
+_LARGEST = 64 << 20  # bytes of a file
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -82,8 +83,14 @@ def _file(url: str, where: str, beside: Path) -> Path:
             "Give file: and three slashes before a path from the root.",
         )
     path = beside / url2pathname(split.path)
-    if not path.is_file():
+    try:
+        size = path.stat().st_size if path.is_file() else -1
+    except (OSError, ValueError) as e:  # a name too long, a folder that may not be read
+        raise SdfpError(where, f"{path} cannot be had ({e})", "Correct the path, or remove the line.") from e
+    if size < 0:
         raise SdfpError(where, f"{path} is no file", "Correct the path, or remove the line.")
+    if size > _LARGEST:
+        raise SdfpError(where, f"{path} has {size:,} bytes, more than {_LARGEST:,}", "Give a smaller image.")
     return path
 
 
@@ -99,7 +106,8 @@ def opened(picture: Picture) -> Any:
         held = picture.held if isinstance(picture.held, bytes) else picture.held.read_bytes()
         image: Any = Image.open(BytesIO(held), formats=_FORMATS)
         image.load()
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):  # as in a server, a camera's faulty notes spoil no picture
+            image = ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return image
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -83,7 +83,9 @@ class Texts:
                 "Leave --ray out, or the images.",
             )
         reader = PictureReader(model_dir, tokenizer, first, options.trust_remote_code)
-        read = read_pictured(chats, reader, options.texts + CHECKED, options.seed)
+        read = read_pictured(
+            chats, reader, options.texts + CHECKED, options.seed, reader.longest(options.new_tokens)
+        )
         _check_enough(options, len(read))
         images = sum(chat.pictures for chat in read)
         description = f"{options.calibration} ({len(read)} chats, {images} images, seed {options.seed})"
@@ -130,7 +132,9 @@ class Texts:
             return corpus
         most = self.options.sequences
         if self.pictured and self.options.score_text == "corpus":
-            return [Window(c.ids, s) for c, s in zip(self.pictured, text.shown, strict=False)][:most]
+            asked = self.pictured[: len(text.ids)]
+            shown = text.shown or [None] * len(asked)  # it may be that none of these shows anything
+            return [Window(c.ids, s) for c, s in zip(asked, shown, strict=True)][:most]
         return own_windows(text, most)
 
     def frequencies(self, own: Tensor, vocab_size: int) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,7 +154,6 @@ def test_some_of_a_batch_see_past_the_window(target, kept, texts, plain, tmp_pat
     )
     with engine(target, {"method": "sdfp", "model": plan, "ngram": False}, **SETTINGS) as llm:
         fix_drafts(llm, K)  # so that no clock has a say in how many there are
-        sights = runner(llm).drafter.pacer.policy.sights
         observed = []
         with watched(llm) as reads:
 
@@ -164,8 +164,10 @@ def test_some_of_a_batch_see_past_the_window(target, kept, texts, plain, tmp_pat
                 ]
                 return reads.whole
 
-            sights.choose = choose
-            sights.observe = lambda request, whole, right, tried: observed.append((whole, right, tried))
+            runner(llm).drafter.pacer.policy.sights = SimpleNamespace(
+                choose=choose,
+                observe=lambda request, whole, right, tried: observed.append((whole, right, tried)),
+            )
             assert_identical(tokens(llm, texts, max_tokens=NEW), plain)
     assert reads.wrong == [] and reads.gapped > 200
     for seen_whole in (False, True):

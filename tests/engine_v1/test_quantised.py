@@ -64,7 +64,8 @@ def test_same_tokens_but_for_near_ties(target, prompts, kept, tmp_path, case):
         got = [[next(iter(row)) for row in answer] for answer in answers(llm, prompts[:24])]
         counters = spec_counters(llm)
     assert 0 < counters["num_accepted_tokens"] < counters["num_draft_tokens"]
-    assert reads.wrong == [] and (reads.gapped > 50) == bool(drafting)
+    assert reads.wrong == []
+    assert reads.gapped > 50 if drafting else reads.gapped == 0
     want = [[next(iter(row)) for row in answer] for answer in plain]
     same = [i for i in range(len(want)) if got[i] == want[i]]
     assert_identical([got[i] for i in same], [want[i] for i in same])

@@ -11,7 +11,7 @@ from tests.support.tiny_multimodal import TINY, pictures
 
 
 def many_requests(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Requests drawn at random: a quarter without an image, the others with up to three, anywhere, at the very end too."""
+    """Requests drawn at random: a quarter without an image, the others with up to three behind its first words, at the very end too."""
     tiny, rng = TINY[kind], np.random.default_rng(seed)
     shapes = ((168, 112), (56, 112), (112, 112), (112, 56))
     shown = [pictures(8, seed + i, *shape) for i, shape in enumerate(shapes)]

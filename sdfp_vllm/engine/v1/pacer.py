@@ -190,7 +190,7 @@ class Pacer:
         window, seen = self._runner.drafter.window, held
         if window is not None:
             seen = [window.seen(n) for n in held]
-            if self.timed:
+            if self.timed and self.policy.sights:
                 whole = self.policy.sights.choose(ids, held, seen, self.policy.costs)
                 seen = [all_ if w else some for all_, some, w in zip(held, seen, whole, strict=True)]
                 for row, w in zip(rows, whole, strict=True):
@@ -239,7 +239,7 @@ class Pacer:
             self._paces.observe(request, 1 + verified.accepted[i])
             accepted.append(verified.accepted[i])
             tried.append(len(verified.tokens[i]) - 1)
-            if not row.copies:
+            if not row.copies and self.policy.sights:
                 self.policy.sights.observe(request, row.whole, accepted[-1], min(tried[-1], len(row.bins)))
             if row.match:
                 came = verified.tokens[i][1 : verified.accepted[i] + 1]

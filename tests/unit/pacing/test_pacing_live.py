@@ -76,6 +76,14 @@ def test_long_contexts_are_learned_within_a_few_rounds_and_forgotten_at_once():
     assert at_context(live, 300.0, 1, 3) == pytest.approx((1.0, 1.0), rel=0.3)
 
 
+def test_an_error_of_a_long_context_is_sooner_of_what_all_rows_share():
+    """K/V are read once for all rows of a request. Put down to the rows, one long verification made all others look dear."""
+    live = LiveCosts(costs())
+    live.at(1, 4000.0, 4000.0)
+    live.verified(6, costs().verify_ms(6) + costs().round_overhead_ms + 40.0)
+    assert live._read.first > 5 * live._read.more > 0
+
+
 def test_a_step_with_a_window_costs_what_it_sees():
     live = LiveCosts(costs())
     for i in range(60):

@@ -15,14 +15,15 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from typer.testing import CliRunner
 
 from sdfp_vllm.cli.app import app
-from sdfp_vllm.common.checkpoint import load_tokenizer
+from sdfp_vllm.common.checkpoint import load_config, load_tokenizer
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.store import load_plan
 from sdfp_vllm.planner import job
 from sdfp_vllm.planner.bridges import BridgeFitter
+from sdfp_vllm.planner.chat_rows import without_pictures
 from sdfp_vllm.planner.fisher import fisher_sums
 from sdfp_vllm.planner.options import PlanOptions
-from sdfp_vllm.planner.pictured import LONGEST, show
+from sdfp_vllm.planner.pictured import LONGEST, Pictured, show
 from sdfp_vllm.planner.rollout import Continuations, DraftRollout, greedy_continuations
 from sdfp_vllm.planner.shown import Shown, Window, entering
 from sdfp_vllm.planner.stack import DecoderStack, load_target
@@ -239,6 +240,27 @@ def test_the_sums_of_another_image_are_not_gone_on_with(loaded, tmp_path):
         fisher_sums(it.stack, [Window(ids, other)], checkpoint=file, resume=True)
 
 
+def test_a_draw_without_images_is_scored_like_any_other():
+    """A large file may show images in rows that were not drawn."""
+    ids = torch.arange(2, 8)
+    said = Pictured("chats.jsonl, line 1", ids, torch.zeros(6, dtype=torch.bool), ids)
+    texts = Texts(PlanOptions(score_text="corpus", **FEW), None, [ids] * 3, "", [said] * 3)
+    written = Continuations(torch.ones(2, 9, dtype=torch.int64), 6, torch.tensor([9, 9]))
+    assert [w.ids.tolist() for w in texts.scored(written, None)] == [ids.tolist()] * 2
+
+
+def test_without_pictures_roles_go_on_taking_turns():
+    shown = {"type": "image", "picture": None}
+    chat = [
+        {"role": "user", "content": [shown]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "text", "text": "Where?"}, shown]},
+    ]
+    plain = without_pictures(chat)
+    assert [m["role"] for m in plain] == ["user", "assistant", "user"]
+    assert all(isinstance(m["content"], str) and m["content"] for m in plain)
+
+
 # --- what is refused, before a model is loaded -------------------------------------------------------------------------
 
 
@@ -267,6 +289,7 @@ NETWORK = "would be fetched from the network"
         ("s3://bucket/cat.png", NETWORK),
         ("file://server/cat.png", "names a file on another machine (server)"),
         ("file:///nowhere/cat.png", "/nowhere/cat.png is no file"),
+        ("file:///" + "a" * 300, "cannot be had"),
         ("cat.png", "'cat.png' is no URL that starts with data: or file:"),
         ("", "is no URL"),
         ("data:image/png,abc", "is a data: URL that is not in base64"),
@@ -334,9 +357,9 @@ def test_too_few_and_too_long(saved, tmp_path):
     with pytest.raises(SdfpError, match="has 3 chats of usable length, 4 are needed"):
         Texts.read(PlanOptions(calibration=source, **FEW), load_tokenizer(model), model)
     long = rows(tmp_path / "long.jsonl", [image(inline(pictures(1)[0])), text("x" * LONGEST)])
-    with pytest.raises(
-        SdfpError, match=rf"long\.jsonl: has no chat of at most {LONGEST} tokens, its images'"
-    ):
+    positions = load_config(model).get_text_config().max_position_embeddings
+    most = min(LONGEST, positions - PlanOptions(**FEW).new_tokens)
+    with pytest.raises(SdfpError, match=rf"long\.jsonl: has no chat of at most {most} tokens, its images'"):
         Texts.read(PlanOptions(calibration=long, **FEW), load_tokenizer(model), model)
 
 
