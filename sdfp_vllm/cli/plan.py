@@ -34,7 +34,7 @@ def plan_command(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text file, .jsonl of chats or texts, or dataset; without it, chats that the model makes up, or for a "
+            help="Text file, .jsonl of chats (which may show images) or texts, or dataset; without it, chats that the model makes up, or for a "
             "model without a chat template the Python standard library's sources."
         ),
     ] = None,

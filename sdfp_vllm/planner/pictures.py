@@ -82,16 +82,34 @@ def _file(url: str, where: str, beside: Path) -> Path:
             f"names a file on another machine ({split.netloc})",
             "Give file: and three slashes before a path from the root.",
         )
-    path = beside / url2pathname(split.path)
+    path = beside / url2pathname(split.path + (f"#{split.fragment}" if split.fragment else ""))
     try:
         size = path.stat().st_size if path.is_file() else -1
     except (OSError, ValueError) as e:  # a name too long, a folder that may not be read
-        raise SdfpError(where, f"{path} cannot be had ({e})", "Correct the path, or remove the line.") from e
+        raise SdfpError(
+            where,
+            f"{_short(path)} cannot be had ({type(e).__name__})",
+            "Correct the path, or remove the line.",
+        ) from e
     if size < 0:
-        raise SdfpError(where, f"{path} is no file", "Correct the path, or remove the line.")
+        raise SdfpError(where, f"{_short(path)} is no file", "Correct the path, or remove the line.")
     if size > _LARGEST:
         raise SdfpError(where, f"{path} has {size:,} bytes, more than {_LARGEST:,}", "Give a smaller image.")
     return path
+
+
+def _short(path: Path) -> str:
+    text = str(path).replace("\0", "%00")
+    return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
+
+
+def _why(error: Exception) -> str:
+    """What is wrong, in a few words: PIL names an object of Python's where it knows no format."""
+    return (
+        "its format is not known"
+        if type(error).__name__ == "UnidentifiedImageError"
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 def opened(picture: Picture) -> Any:
@@ -119,6 +137,6 @@ def opened(picture: Picture) -> Any:
     except Exception as e:  # every format has its own exceptions
         raise SdfpError(
             picture.where,
-            f"cannot be read as an image ({type(e).__name__}: {e})",
+            f"{'' if isinstance(picture.held, bytes) else f'{picture.held} '}cannot be read as an image ({_why(e)})",
             f"Give an undamaged one ({', '.join(_FORMATS)}), or remove the line.",
         ) from e

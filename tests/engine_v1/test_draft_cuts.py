@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdfp_vllm.engine.v1 import proposer
+from sdfp_vllm.engine.v1 import draft_step, proposer
 from sdfp_vllm.engine.v1.draft_step import DraftStep
 from tests.support.engines import engine, pacing_by_hand, runner, spec_counters, write_plan
 
@@ -46,7 +46,7 @@ def acceptance(llm: Any, prompts: list[list[int]], **params: Any) -> float:
 @pytest.mark.parametrize("cuts", [dict(top_k=20, top_p=0.9), dict(top_k=10), dict(top_p=0.5)], ids=str)
 def test_drafts_that_follow_the_cut_are_accepted_more_often(llm, prompts, monkeypatch, cuts):
     follows = acceptance(llm, prompts[:32], temperature=1.0, **cuts)
-    monkeypatch.setattr(proposer, "cut", lambda probs, top_k, top_p: probs)
+    monkeypatch.setattr(draft_step, "cut", lambda probs, top_k, top_p: probs)
     ignores = acceptance(llm, prompts[:32], temperature=1.0, **cuts)
     print(f"{cuts}: {follows:.3f} accepted, {ignores:.3f} where drafts ignore it")
     assert follows > ignores + 0.05
@@ -66,7 +66,7 @@ def test_every_draft_lies_in_the_cut(llm, prompts, monkeypatch):
     monkeypatch.setattr(proposer.SdfpProposer, "_sample_draft_tokens", watched)
     generate(llm, prompts[:4], temperature=1.0, top_k=7)
     assert max(widths) == 7
-    monkeypatch.setattr(proposer, "cut", None)  # not called
+    monkeypatch.setattr(draft_step, "cut", None)  # not called
     generate(llm, prompts[:4], temperature=1.0)
     assert max(widths) > 1_000
 
