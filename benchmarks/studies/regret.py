@@ -6,8 +6,8 @@ One sequence of requests, in phases: chats of one kind after another, one at a t
 all kinds four at a time; then the first kind again. One SDFP engine answers each group of requests with every draft length in turn, fixed (0 is
 drafting nothing), and paced, without copies and with: engines in processes of their own differ by more than what is compared. A turn before fills
 the prefix cache, and the order of the turns rotates. What is learned in fixed turns pacing does not see. Speeds are of decoding, from a request's
-first token to its last. The regret is the share of time that pacing takes beyond the fixed length with the least: over the whole run, and, which no
-fixed setting could do, over the best of each phase. Plain vLLM answers too, for its texts.
+first token to its last. The regret is the share of time a token, summed over the phases, that pacing takes beyond the fixed length with the least, and, which no
+fixed setting could do, beyond the best of each phase. Plain vLLM answers too, for its texts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sdfp_vllm.demo.questions import choose
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.measure.engines import run_engines
 from sdfp_vllm.measure.spec import EngineSpec, Measurement, Turn, TurnMeasurement
-from sdfp_vllm.plan.store import find_plan
+from sdfp_vllm.plan.store import find_plan, load_plan
 from sdfp_vllm.planner.calibration import load_calibration
 from sdfp_vllm.planner.window_search import kv_gigabytes
 
@@ -197,7 +197,8 @@ def main() -> None:
             {
                 **provenance(),
                 "model": model.name,
-                "weights": weights_of(asked.model, model),
+                "weights": asked.provenance or weights_of(asked.model, model),
+                "plan": load_plan(plan).model_dump(mode="json", include={"view", "num_speculative_tokens"}),
                 "engine": "eager" if asked.eager else "compiled",
                 "dtype": asked.dtype,
                 "phases": [{"name": p.name, "requests": len(p.prompts), "batch": p.batch} for p in phases],
@@ -234,6 +235,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--provenance", default="", help="where the weights come from, for the results file")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
