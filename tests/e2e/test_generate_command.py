@@ -71,6 +71,7 @@ def test_the_text_answers_the_rendered_chat_or_continues_a_raw_prompt(chatty, an
     assert ("text identical: yes" in done.stderr) == (not flags)
 
 
+@pytest.mark.more
 def test_ctrl_c_in_the_middle_of_the_text_leaves_no_process(chatty):
     model, plan = chatty
     command = [SDFP, "generate", model, "--prompt", "main", "--plan", plan, "--max-tokens", "450", *SETTINGS]

@@ -49,6 +49,7 @@ def engines(driver: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.more
 def test_killed_engine_killed_driver_then_resumed(plain, plan, tmp_path):
     """A row that has no answer yet is mended in between."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

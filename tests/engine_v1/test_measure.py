@@ -14,6 +14,7 @@ from tests.support.engines import pacing_by_hand, write_plan
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.more
 def test_engines_take_turns_until_told_to_stop(target, kept, prompts, tmp_path):
     """Sampled requests are paced as users' are: they get no seed that nobody asked for."""
     plan = write_plan(target, tmp_path, kept, k=3, pacing=pacing_by_hand())

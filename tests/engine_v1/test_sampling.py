@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdfp_vllm.engine.v1 import proposer
+from sdfp_vllm.engine.v1 import draft_step
 from sdfp_vllm.plan.view import DraftView
 from tests.support.bigram import VOCAB, z_score
 from tests.support.engines import engine, pacing_by_hand, runner, spec_counters, write_plan
@@ -135,8 +135,8 @@ def test_each_request_of_a_batch_has_its_own_cut(llm, exact):
 @pytest.mark.parametrize("llm", ["probabilistic"], indirect=True)
 def test_a_cut_that_the_rejection_sampler_is_not_told_of_is_caught(llm, exact, monkeypatch):
     """The hand-over of distributions is what exactness hangs on: here drafts come from squared ones."""
-    original = proposer.draw
-    monkeypatch.setattr(proposer, "draw", lambda probs, own: original(probs.square(), own))
+    original = draft_step.draw
+    monkeypatch.setattr(draft_step, "draw", lambda probs, own: original(probs.square(), own))
     z = z_score(draw(llm, temperature=1.0, top_k=5, top_p=0.8), exact, temperature=1.0, top_k=5, top_p=0.8)
     print(f"broken: z {z:.1f}")
     assert z > THRESHOLD
