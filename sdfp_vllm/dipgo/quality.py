@@ -32,4 +32,7 @@ def ssim(images: Tensor, full: Tensor, clamp: bool = True) -> Tensor:
         return ssim(flat[0], flat[1], clamp).reshape(len(images), -1).mean(1)
     window = _WINDOW if min(images.shape[-2:]) >= _WINDOW else 7
     # Shifted to [0, 2]: the formula's luminance term takes means as non-negative.
-    return _ssim(images + 1, full + 1, data_range=_RANGE, size_average=False, win_size=window)
+    value = _ssim(images + 1, full + 1, data_range=_RANGE, size_average=False, win_size=window)
+    return (
+        value.clamp(max=1.0) if clamp else value
+    )  # of images that are nearly alike, sums round to more than 1
