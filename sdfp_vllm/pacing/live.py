@@ -13,7 +13,7 @@ Rounds on short contexts teach the factors, those on long ones what a token of c
 from __future__ import annotations
 
 from math import exp, log, log2
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,8 @@ _FURTHEST = 0.7  # a time counts as at most this far from what is known (in loga
 _LONG = 1024.0  # tokens of context from which on a time teaches what they cost, and below which all else
 _LONG_SLOWEST = 1 / 8  # contexts change with every request
 _LEAST = 0.3  # of a time, what a short context leaves to all else
-_ONE_READING = (
-    64  # K/V are read once for all rows of a request: an error is sooner that of `first`; ratio of variances
-)
+# K/V are read once for all rows of a request, so that an error is sooner that of `first`: ratio of variances.
+_ONE_READING = 64
 _UNKNOWN, _FURTHEST_UNKNOWN = 8, 1.5  # for so many times at first, what they cost is not known at all
 
 
@@ -90,6 +89,27 @@ class _Reading:
         self.more = max(0.0, self.more + step * extra)
 
 
+class Shares(NamedTuple):
+    """What one request of a batch takes of a round, milliseconds: of a verification and of one more draft on no context, and reading."""
+
+    verify: float
+    draft: float
+    read: _Reading
+    read_by_step: _Reading
+
+    def ms(self, context: float, seen: float) -> tuple[float, float]:
+        """Of a verification, and of one more draft: its step and its row.
+
+        Args:
+            context: Tokens of context that the request has.
+            seen: How many of them its draft steps read.
+        """
+        return (
+            self.verify + self.read.ms(context, 1, 0),
+            self.draft + self.read_by_step.ms(seen, 1, 0) + self.read.ms(context, 0, 1),
+        )
+
+
 class LiveCosts:
     """What a policy asks of costs, from `plan` and what `verified` and `stepped` are told.
 
@@ -138,23 +158,15 @@ class LiveCosts:
         """Whether a long context has taught what a token of it costs."""
         return self._read.known
 
-    def shares(self, batch: int, context: float, seen: float) -> tuple[float, float]:
-        """Milliseconds that one request of a batch takes of a verification, and of one more draft: its step and its row.
-
-        Args:
-            context: Tokens of context that it has.
-            seen: How many of them its draft steps read.
-        """
+    def shares(self, batch: int) -> Shares:
+        """What each request of a batch takes of a round."""
         known = self._verify.factors(2 * batch)
         verify = self._planned_ms(batch) * float(known[batch - 1])
         row = max(self._planned_ms(2 * batch) * float(known[-1]) - verify, 0.0)
         step = self.plan.step_ms(batch) * float(self._step.factors(batch)[-1])
         # Until drafts have read long contexts, a token takes them what it takes the target: they read the same K/V.
         read = self._read_by_step if self._read_by_step.known else self._read
-        return (
-            verify / batch + self._read.ms(context, 1, 0),
-            (step + row) / batch + read.ms(seen, 1, 0) + self._read.ms(context, 0, 1),
-        )
+        return Shares(verify / batch, (step + row) / batch, self._read, read)
 
     def plain_rate(self, batch: int) -> float:
         """Tokens per millisecond of plain decoding, all requests together."""

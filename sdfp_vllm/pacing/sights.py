@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdfp_vllm.pacing.live import LiveCosts
+from sdfp_vllm.pacing.live import LiveCosts, Shares
 from sdfp_vllm.pacing.odds import Average
 
 _MEMORY = 48.0  # drafts of a request
@@ -75,8 +75,12 @@ class Sights:
             seen: How many of them the window shows.
         """
         self._requests = {r: self._requests.get(r) or _Request() for r in requests}
+        # Nothing is hidden, or nothing says yet what seeing it would cost.
+        if held == seen or not costs.reading_is_known:
+            return [False] * len(held)
+        shares = costs.shares(len(requests))
         return [
-            context > shown and self._sees_all(self._requests[r], len(requests), context, shown, costs)
+            context > shown and self._sees_all(self._requests[r], context, shown, shares)
             for r, context, shown in zip(requests, held, seen, strict=True)
         ]
 
@@ -91,14 +95,12 @@ class Sights:
         mine.right, mine.tried = mine.right * fade + right, mine.tried * fade + count
         self._all[whole].observe(right, count)
 
-    def _sees_all(self, request: _Request, batch: int, context: int, shown: int, costs: LiveCosts) -> bool:
-        if not costs.reading_is_known:  # nothing says yet what seeing all would cost
-            return request.whole
+    def _sees_all(self, request: _Request, context: int, shown: int, shares: Shares) -> bool:
         request.goes_on()
         rates = {
             whole: self._rate(
                 request.by_sight[whole].chance(self._all[whole].value),
-                *costs.shares(batch, context, context if whole else shown),
+                *shares.ms(context, context if whole else shown),
             )
             for whole in (False, True)
         }

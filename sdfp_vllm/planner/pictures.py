@@ -103,22 +103,13 @@ def _short(path: Path) -> str:
     return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
 
 
-def _why(error: Exception) -> str:
-    """What is wrong, in a few words: PIL names an object of Python's where it knows no format."""
-    return (
-        "its format is not known"
-        if type(error).__name__ == "UnidentifiedImageError"
-        else f"{type(error).__name__}: {error}"
-    )
-
-
 def opened(picture: Picture) -> Any:
     """The picture as PIL's, in RGB, all of it read.
 
     Raises:
         SdfpError: If it cannot be read, or holds no image that can be decoded.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         held = picture.held if isinstance(picture.held, bytes) else picture.held.read_bytes()
@@ -135,8 +126,12 @@ def opened(picture: Picture) -> Any:
             return opaque
         return image.convert("RGB")
     except Exception as e:  # every format has its own exceptions
+        file = "" if isinstance(picture.held, bytes) else f"{picture.held} "
+        # Where it knows no format, PIL names an object of Python's.
+        unknown = isinstance(e, UnidentifiedImageError)
+        why = "its format is not known" if unknown else f"{type(e).__name__}: {e}"
         raise SdfpError(
             picture.where,
-            f"{'' if isinstance(picture.held, bytes) else f'{picture.held} '}cannot be read as an image ({_why(e)})",
+            f"{file}cannot be read as an image ({why})",
             f"Give an undamaged one ({', '.join(_FORMATS)}), or remove the line.",
         ) from e

@@ -167,7 +167,7 @@ def own_windows(text: Continuations, most: int) -> Windows:
     ids = text.ids[:most]
     if text.shown:
         begins = text.begins[:most].tolist()
-        return [Window(row[b:], s) for row, b, s in zip(ids, begins, text.shown, strict=False)]
+        return [Window(row[b:], s) for row, b, s in zip(ids, begins, text.shown[:most], strict=True)]
     return ids[:, int(text.begins[:most].max()) :]
 
 

@@ -98,7 +98,7 @@ def test_shares_are_of_one_request():
     """What a batch takes, over its requests, where all have the same context."""
     known = live()
     known.at(4, CONTEXT, CONTEXT)
-    verify, draft = known.shares(4, CONTEXT, CONTEXT)
+    verify, draft = known.shares(4).ms(CONTEXT, CONTEXT)
     assert 4 * verify == pytest.approx(known.verify_ms(4), rel=0.02)
     assert 4 * draft == pytest.approx(known.step_ms(4) + known.verify_ms(8) - known.verify_ms(4), rel=0.02)
-    assert known.shares(4, CONTEXT, SHOWN)[1] < draft - 0.9 * READ_MS * (CONTEXT - SHOWN)
+    assert known.shares(4).ms(CONTEXT, SHOWN)[1] < draft - 0.9 * READ_MS * (CONTEXT - SHOWN)
