@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdfp_vllm.demo.methods import OWN_DTYPE, SDFP, speculative
 from sdfp_vllm.measure.spec import EngineSpec, Turn
-from sdfp_vllm.planner.engine_check import stored_dtype
+from sdfp_vllm.planner.engine_setup import stored_dtype
 
 TEMPERATURE = 0.7
 

@@ -80,9 +80,9 @@ def plan_command(
     window: Annotated[
         str,
         typer.Option(
-            help="Last tokens of a long context that drafts attend to; none: all of it; auto: what is measured to be fastest."
+            help="Last tokens of a long context that drafts attend to; none: all of it; auto: what the check measures to be fastest."
         ),
-    ] = "none",
+    ] = "auto",
     score_text: Annotated[
         Literal["own", "corpus"], typer.Option(help="Text for the Fisher traces; own: what the model writes.")
     ] = "own",

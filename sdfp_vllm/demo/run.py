@@ -34,7 +34,7 @@ from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
 from sdfp_vllm.plan.parcel import PLAN_FILE
 from sdfp_vllm.plan.schema import SkipPlan
 from sdfp_vllm.plan.store import default_plan_dir, load_plan
-from sdfp_vllm.planner.engine_check import stored_dtype
+from sdfp_vllm.planner.engine_setup import stored_dtype
 
 DEMO_METHODS = tuple(m for m in METHODS if m != PAPER)
 

@@ -49,7 +49,7 @@ def run_engines(
     goes_on: Callable[[int], bool] = lambda turn: True,
     on_text: Callable[[str], None] = _unheard,
 ) -> list[Measurement]:
-    """Runs all engines at once but in turns: turn 0 on each, then turn 1 on each, and so on.
+    """Runs all engines at once but in turns: turn 0 on each that has one, then turn 1 on each, and so on.
 
     A machine whose speed drifts so slows all of them alike. Engines that are not at work are
     stopped (SIGSTOP), because an idle vLLM engine polls; they keep their memory. Two start at a time. Every
@@ -76,18 +76,17 @@ def run_engines(
             for other in engines[i : i + _STARTING]:
                 if not other.started:
                     stack.enter_context(other)
-            engine.wait_for(1)
+            engine.wait(_unheard)
             engine.pause()
             done += 1
         for turn in range(max(len(spec.turns) for spec in specs)):
             if not goes_on(turn):
                 break
             for i, engine in enumerate(engines):
-                if turn < len(engine.spec.turns):
+                if turn < len(engine.spec.turns) and engine.spec.turns[turn] is not None:
                     on_step(i, done)
                     engine.resume()
-                    engine.next_turn()
-                    engine.wait_for(turn + 2, on_text)
+                    engine.next_turn(on_text)
                     engine.pause()
                     done += 1
         return [engine.finish() for engine in engines]
@@ -101,6 +100,7 @@ class _EngineProcess:
         self.result, self.progress, self.log = folder / "result.json", folder / "progress", folder / "log"
         self.text = folder / "text"
         self.started = False
+        self._answers = 0  # that were waited for: to its start, and to each turn
         self._told = 0  # bytes of the text
         # What is read may end within a character: its first bytes wait here for the others.
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -138,13 +138,16 @@ class _EngineProcess:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
-    def next_turn(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # wait_for says why it died
+    def next_turn(self, on_text: Callable[[str], None]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `wait` says why it died
             self.process.stdin.write(b"\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
+        self.wait(on_text)
 
-    def wait_for(self, answers: int, on_text: Callable[[str], None] = _unheard) -> None:
-        while self.progress.stat().st_size < answers:
+    def wait(self, on_text: Callable[[str], None]) -> None:
+        """For one more answer than until now."""
+        self._answers += 1
+        while self.progress.stat().st_size < self._answers:
             if self.process.poll() is not None:
                 raise self._failure()
             time.sleep(_POLL_SECONDS)

@@ -52,5 +52,5 @@ def run_as_memory_allows(
     before = 0
     for i, spec in enumerate(specs):
         measured += run_engines([spec], lambda _, done, i=i, before=before: on_step(i, before + done))  # type: ignore[misc]
-        before += 1 + len(spec.turns)
+        before += 1 + len(spec.own_turns)
     return measured, False

@@ -38,7 +38,7 @@ class EngineSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    turns: list[Turn] = Field(min_length=1)
+    turns: Sequence[Turn | None] = Field(min_length=1)  # None: it waits while other engines have one
     warm_up: list[int] | str
     speculative: dict[str, Any] | None = None  # vLLM's speculative_config
     ignore_eos: bool = False
@@ -48,6 +48,11 @@ class EngineSpec(BaseModel):
     dtype: str = "auto"
     engine: dict[str, Any] = {}  # further arguments of LLM()
     environment: dict[str, str] = {}
+
+    @property
+    def own_turns(self) -> list[Turn]:
+        """The turns that it takes."""
+        return [t for t in self.turns if t is not None]
 
 
 class TurnMeasurement(BaseModel):

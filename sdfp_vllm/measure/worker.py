@@ -103,8 +103,8 @@ def measure(
 
     generate([spec.warm_up], _WARM_UP_TOKENS, 0.0)
     turns: list[TurnMeasurement] = []
-    while ready() and len(turns) < len(spec.turns):
-        turns.append(run(spec.turns[len(turns)]))
+    while ready() and len(turns) < len(spec.own_turns):
+        turns.append(run(spec.own_turns[len(turns)]))
     return Measurement(
         turns=turns,
         start_seconds=start_seconds,

@@ -3,7 +3,7 @@
 Only the work that an engine does as well is timed: matrix products (fused as the engine fuses them, and through the
 kernel that it picks, for every precision), and attention over a K/V context, without the Python of a model's
 forward. Weights are swept layer by layer, as a forward does, so that they come from memory and not from the
-processor's cache. What the engine adds between the products is measured on the engine itself (`engine_check.py`).
+processor's cache. What the engine adds between the products is measured on the engine itself (`engine_overheads.py`).
 """
 
 from __future__ import annotations

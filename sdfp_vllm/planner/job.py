@@ -22,10 +22,13 @@ from sdfp_vllm.planner.admission import admit
 from sdfp_vllm.planner.assemble import assemble
 from sdfp_vllm.planner.choose import choose
 from sdfp_vllm.planner.cost import measure_costs
-from sdfp_vllm.planner.engine_check import overheads_of, with_check
+from sdfp_vllm.planner.engine_check import with_check
+from sdfp_vllm.planner.engine_overheads import overheads_of
+from sdfp_vllm.planner.engine_setup import engine_is_here
 from sdfp_vllm.planner.fisher import fisher_scores, layer_scores
 from sdfp_vllm.planner.fisher_sums import FisherSums
 from sdfp_vllm.planner.head_search import check_head
+from sdfp_vllm.planner.long_texts import long_texts
 from sdfp_vllm.planner.options import DTYPES, PlanOptions
 from sdfp_vllm.planner.pictured import show
 from sdfp_vllm.planner.prospects import refuse_hopeless
@@ -36,7 +39,7 @@ from sdfp_vllm.planner.search import MAX_TRIED, check_request
 from sdfp_vllm.planner.shown import Shown, Windows, tokens_of
 from sdfp_vllm.planner.stack import DecoderStack, load_target
 from sdfp_vllm.planner.texts import Texts
-from sdfp_vllm.planner.window_search import long_texts, with_window
+from sdfp_vllm.planner.window_search import CONTEXTS, TEXTS
 from sdfp_vllm.planner.work import Work, writable
 
 
@@ -69,7 +72,8 @@ def make_plan(
     model_dir = resolve_model_dir(model, options.revision)
     identity = fingerprint(model_dir)
     folder = writable(out or default_plan_dir(identity))
-    long = long_texts(model_dir, texts.tokenizer, options) if options.window == "auto" else []
+    tries_windows = options.window == "auto" and options.run_check and engine_is_here()
+    long = long_texts(model_dir, texts.tokenizer, options, TEXTS, CONTEXTS) if tries_windows else []
     reads = options.ray or options.score_text == "corpus"
     corpus = texts.corpus() if reads and not texts.pictured else None
     shown: list[Shown | None] = []
@@ -96,11 +100,8 @@ def make_plan(
         save_plan(plan, folder, *beside)
         work.checkpoint.unlink(missing_ok=True)
         try:
-            if long:
-                plan = with_window(work, plan, long)
-                save_plan(plan, folder, *beside)
             if options.run_check:
-                plan = with_check(work, plan, [p.tolist() for p in checked])
+                plan = with_check(work, plan, [p.tolist() for p in checked], long)
         except (
             SdfpError
         ) as e:  # the plan is made and saved: an engine that does not start costs the check alone

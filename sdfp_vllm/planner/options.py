@@ -39,7 +39,7 @@ class PlanOptions:
         precision: What the draft's branches may run at: "auto" (whatever there are kernels for), "full", or one by name.
         extra_memory: The most that rounded copies may take, as `parse_memory` reads it; None for any amount.
         window: How much of a long context drafts attend to: "none" for all of it, a number of last tokens, or "auto", what
-            is measured to be fastest (needs vLLM).
+            the check measures to be fastest (all of it without one).
         score_text: Text that Fisher traces are taken on: the target's own, or the calibration text. With `ray`
             always the latter.
         run_check: Run plain decoding and the plan on the real engine at the end.
@@ -67,7 +67,7 @@ class PlanOptions:
     head: str = "auto"
     precision: str = "auto"
     extra_memory: str | None = None
-    window: str = "none"
+    window: str = "auto"
     score_text: ScoreText = "own"
     run_check: bool = True
     eager: bool = False

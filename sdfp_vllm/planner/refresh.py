@@ -25,7 +25,7 @@ from sdfp_vllm.plan.schema import Candidate, Prediction, SkipPlan
 from sdfp_vllm.plan.store import default_plan_dir, load_parcel, save_plan
 from sdfp_vllm.plan.view import BRANCHES
 from sdfp_vllm.planner.cost import measure_bridge_ms, measure_costs
-from sdfp_vllm.planner.engine_check import overheads_of
+from sdfp_vllm.planner.engine_overheads import overheads_of
 from sdfp_vllm.planner.head import measure_heads
 from sdfp_vllm.planner.options import DTYPES, PlanOptions
 from sdfp_vllm.planner.rounded import layer_products, usable_precisions

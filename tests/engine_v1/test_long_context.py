@@ -227,28 +227,51 @@ def seen(reads: Any, metadata: dict[str, Any]) -> None:
     reads.gapped += int((built.seq_lens <= positions).sum())
 
 
-@pytest.mark.slow
-def test_auto_measures_on_an_engine(target, plan, monkeypatch):
+@pytest.mark.more
+def test_auto_measures_on_the_engine_of_the_check(target, plan, monkeypatch):
     from rich.progress import Progress
 
     from sdfp_vllm.common.checkpoint import load_tokenizer
     from sdfp_vllm.common.progress import Stages
     from sdfp_vllm.plan.store import load_plan
-    from sdfp_vllm.planner import window_search
+    from sdfp_vllm.planner import engine_check, window_search
+    from sdfp_vllm.planner.long_texts import long_texts
     from sdfp_vllm.planner.options import PlanOptions
     from sdfp_vllm.planner.work import Work
 
-    monkeypatch.setattr(window_search, "CONTEXTS", (256, 512, 1024))  # the model has 512 positions
+    contexts = (256, 512, 1024)  # the model has 512 positions
+    monkeypatch.setattr(engine_check, "CONTEXTS", contexts)
+    monkeypatch.setattr(engine_check, "LASTS", (64,))
     monkeypatch.setattr(window_search, "LASTS", (64,))
     made, bar = load_plan(plan), Stages(Progress(disable=True))
-    options = PlanOptions(window="auto", eager=True)
-    texts = window_search.long_texts(target, load_tokenizer(target), options)
+    options = PlanOptions(eager=True)
+    texts = long_texts(target, load_tokenizer(target), options, 2, contexts)
     work = Work("target", target, made.fingerprint, Path(plan), options, None, bar)  # no texts are asked for
-    assert [len(t) for t in texts] == [512, 512]
-    found = window_search.with_window(work, made, texts)
-    assert found is made  # without costs it is not known in which dtype
+    assert [len(t.document) for t in texts] == [512, 512]
+    prompts = [texts[0].document[:20], texts[1].document[:30]]
+    assert engine_check.with_check(work, made, prompts, texts) is made  # without costs the dtype is not known
     made = made.model_copy(update=costs_by_hand(pacing_by_hand(), 16, made.view.branches))
-    found = window_search.with_window(work, made, texts)
+    found = engine_check.with_check(work, made, prompts, texts)
     assert [(t.context, t.last) for t in found.windows] == [(256, None), (256, 64), (512, None), (512, 64)]
     assert all(t.tokens_per_second > 0 and 0 < t.acceptance_rate < 1 for t in found.windows)
     assert found.view.window == window_search.best_window(found.windows)
+    assert found.check.prompts == found.check.identical == 2
+
+
+@pytest.mark.more
+def test_a_plan_is_checked_where_long_contexts_do_not_fit(target, plan, monkeypatch):
+    from rich.progress import Progress
+
+    from sdfp_vllm.common.progress import Stages
+    from sdfp_vllm.plan.store import load_plan
+    from sdfp_vllm.planner import engine_check
+    from sdfp_vllm.planner.long_texts import LongText
+    from sdfp_vllm.planner.options import PlanOptions
+    from sdfp_vllm.planner.work import Work
+
+    made, bar = load_plan(plan), Stages(Progress(disable=True))
+    made = made.model_copy(update=costs_by_hand(pacing_by_hand(), 16, made.view.branches))
+    work = Work("target", target, made.fingerprint, Path(plan), PlanOptions(eager=True), None, bar)
+    too_long = LongText([7] * 4096)  # the engine refuses it: the model has 512 positions
+    found = engine_check.with_check(work, made, [[5, 6, 7, 8]], [too_long])
+    assert found.check.identical == 1 and not found.windows and found.view.window == made.view.window

@@ -30,7 +30,7 @@ def test_engines_take_turns_until_told_to_stop(target, kept, prompts, tmp_path):
     drafting = {"method": "sdfp", "model": plan}
     specs = [
         EngineSpec(turns=turns, **common),
-        EngineSpec(turns=[sampled], speculative=drafting, ignore_eos=True, **common),
+        EngineSpec(turns=[None, sampled], speculative=drafting, ignore_eos=True, **common),  # sits one out
         EngineSpec(turns=turns, speculative=drafting, **common),
     ]
     steps, asked = [], []
@@ -41,7 +41,7 @@ def test_engines_take_turns_until_told_to_stop(target, kept, prompts, tmp_path):
 
     plain, short, drafted = run_engines(specs, lambda engine, done: steps.append((engine, done)), goes_on)
     assert asked == [0, 1, 2]
-    assert steps == [(0, 0), (1, 1), (2, 2), (0, 3), (1, 4), (2, 5), (0, 6), (2, 7)]
+    assert steps == [(0, 0), (1, 1), (2, 2), (0, 3), (2, 4), (0, 5), (1, 6), (2, 7)]
     assert [len(m.turns) for m in (plain, short, drafted)] == [2, 1, 2]
     assert [len(t.token_ids[0]) for t in plain.turns] == [4, 5]
     assert [t.token_ids for t in drafted.turns] == [t.token_ids for t in plain.turns]

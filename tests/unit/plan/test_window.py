@@ -11,6 +11,7 @@ from sdfp_vllm.engine.draft.window import gaps, longest_seen, reaches, without_g
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.schema import WindowTried
 from sdfp_vllm.plan.window import DraftWindow, parse_window
+from sdfp_vllm.planner.long_texts import LongText, long_texts
 from sdfp_vllm.planner.options import PlanOptions
 from sdfp_vllm.planner.window_search import best_window, turns_of
 
@@ -83,18 +84,47 @@ def test_auto_takes_what_is_fastest_after_the_longest_context_from_where_it_pays
     slow = {None: 10.0, 512: 9.0}
     short, middle = {None: 10.0, 512: 20.0}, {None: 10.0, 512: 12.0, 1024: 30.0}
     long = {None: 10.0, 512: 14.0, 1024: 13.0}
-    assert best_window(tried(c1024=slow, c4096=middle, c8192=long)) == DraftWindow(last=512, beyond=4096 - 88)
+    assert best_window(tried(c1024=slow, c4096=middle, c8192=long)) == DraftWindow(
+        last=512, beyond=4096 - 112
+    )
     # A shorter context where it pays, behind one where it does not, is no reason.
     assert best_window(tried(c1024=short, c2048=slow, c4096=middle)) == DraftWindow(
-        last=1024, beyond=4096 - 88
+        last=1024, beyond=4096 - 112
     )
-    assert best_window(tried(c1024=short, c8192=long)) == DraftWindow(last=512, beyond=1024 - 88)
+    assert best_window(tried(c1024=short, c8192=long)) == DraftWindow(last=512, beyond=1024 - 112)
     assert best_window(tried(c1024=short, c2048=slow)) is None
     assert best_window(tried(c4096={None: 10.0, 512: 10.2})) is None  # may be noise
 
 
 def test_auto_asks_each_window_that_is_shorter_than_the_context_after_filling_the_cache():
-    turns = turns_of([list(range(2048))], [1024, 2048])
+    chat = LongText(list(range(8192)), before=(-1, -2), behind=(-3,))
+    turns = turns_of([chat], [2048, 4096], drafts=3)
+    for turn in turns:
+        (prompt,) = turn.prompts
+        assert prompt[:2] == [-1, -2] and prompt[-1] == -3 and prompt[2:-1] == list(range(len(prompt) - 3))
     asked = [(len(t.prompts[0]), t.max_tokens, t.window) for t in turns]
-    assert asked[0] == (1024 - 88, 1, None) and asked[4] == (2048 - 88, 1, None)
-    assert [w for _, n, w in asked if n > 1] == ["none", 256, 512, "none", 256, 512, 1024]
+    assert asked[0] == (2048 - 112, 1, None) and asked[3] == (4096 - 112, 1, None)
+    assert [w for _, n, w in asked if n > 1] == ["none", 512, "none", 512, 2048]
+    assert {(t.drafts, t.copies) for t in turns if t.max_tokens > 1} == {(3, False)}
+
+
+def test_every_second_text_is_summarised_by_a_model_that_chats(tmp_path):
+    class Chats:
+        chat_template, bos_token_id, eos_token_id = "{{ messages }}", None, None
+
+        def __call__(self, text, **_):
+            return {"input_ids": [len(word) for word in text.split()]}
+
+        def apply_chat_template(self, messages, **_):
+            return f"<user> {messages[0]['content']} <end>"
+
+        def encode(self, text, **_):
+            return text.split()
+
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 300}')
+    made = long_texts(tmp_path, Chats(), PlanOptions(), 2, (100, 300, 900))
+    plain, chat = made
+    assert plain.before == plain.behind == () and len(plain.document) == len(chat.document) == 300
+    assert chat.before == ("<user>",) and chat.behind[0] == "Summarise" and chat.behind[-1] == "<end>"
+    assert len(chat.prompt(200, 10)) == len(plain.prompt(200, 10)) == 200 - 10 - 64
+    assert long_texts(tmp_path, Chats(), PlanOptions(), 2, (900,)) == []

@@ -21,7 +21,8 @@ from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.store import default_plan_dir, load_plan
 from sdfp_vllm.planner.admission import admit
 from sdfp_vllm.planner.chats import render_chat
-from sdfp_vllm.planner.engine_check import engine_settings, of_layers, stored_dtype
+from sdfp_vllm.planner.engine_overheads import of_layers
+from sdfp_vllm.planner.engine_setup import engine_settings, stored_dtype
 from sdfp_vllm.planner.options import PlanOptions
 from sdfp_vllm.planner.rollout import DraftRollout, greedy_continuations
 from sdfp_vllm.planner.stack import DecoderStack, load_target

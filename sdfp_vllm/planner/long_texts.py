@@ -1,0 +1,73 @@
+"""LongText: a document and what is asked of it, cut to a context of any length."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdfp_vllm.planner.calibration import is_chat_source, load_calibration
+from sdfp_vllm.planner.chats import has_chat_template, rendered
+from sdfp_vllm.planner.options import PlanOptions
+
+SPARE = 64  # positions behind an answer, for drafts
+_MARK = "sdfpDocument"
+_SUMMARY = "Summarise the text above in a few sentences."
+
+
+@dataclass(frozen=True)
+class LongText:
+    """Token ids: a document, of which a prompt shows as much as fits, and what comes before and behind it."""
+
+    document: list[int]
+    before: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
+
+    @classmethod
+    def asking(cls, tokenizer: Any, document: list[int], task: str) -> LongText:
+        """A chat whose one message is the document, then the task.
+
+        Raises:
+            SdfpError: If the template refuses the chat.
+        """
+        message = {"role": "user", "content": f"{_MARK}\n\n{task}"}
+        before, _, behind = rendered(tokenizer, [message], "chat template").partition(_MARK)
+        encoded = (tuple(tokenizer.encode(part, add_special_tokens=False)) for part in (before, behind))
+        return cls(document, *encoded)
+
+    def prompt(self, context: int, answer: int) -> list[int]:
+        """What leaves room in `context` positions for `answer` tokens and drafts behind them."""
+        room = context - answer - SPARE - len(self.before) - len(self.behind)
+        return [*self.before, *self.document[:room], *self.behind]
+
+
+def long_texts(
+    model_dir: Path, tokenizer: Any, options: PlanOptions, count: int, contexts: tuple[int, ...]
+) -> list[LongText]:
+    """Texts to try windows on, as long as the model and `contexts` go: continued, and every second one summarised if the model chats.
+
+    None for a model of shorter contexts only.
+
+    Raises:
+        SdfpError: If there is not enough text.
+    """
+    lengths = [c for c in contexts if c <= positions(model_dir)]
+    if not lengths:
+        return []
+    given = options.calibration
+    source = None if given is None or is_chat_source(given) else given
+    documents = load_calibration(
+        source, tokenizer, sequences=count, length=lengths[-1], seed=options.seed + 2, field=options.field
+    ).ids.tolist()
+    chats = has_chat_template(tokenizer)
+    return [
+        LongText.asking(tokenizer, ids, _SUMMARY) if chats and i % 2 else LongText(ids)
+        for i, ids in enumerate(documents)
+    ]
+
+
+def positions(model_dir: Path) -> int:
+    """The longest context that the model is made for; 0 where its config does not say."""
+    config = json.loads((model_dir / "config.json").read_text())
+    return int((config.get("text_config") or config).get("max_position_embeddings") or 0)
