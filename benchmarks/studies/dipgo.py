@@ -1,14 +1,14 @@
 """Ways to spend less on the digits diffusion models, in one run and one table, on the same noise seeds.
 
-    python -m benchmarks.studies.dipgo dit  --out benchmarks/results/dipgo_dit.json
-    python -m benchmarks.studies.dipgo unet --out benchmarks/results/dipgo_unet.json [--rivals FOLDER]
-    python -m benchmarks.studies.dipgo unet --only-ours --out benchmarks/results/dipgo_unet_ours.json
+    python -m benchmarks.studies.dipgo dit  --rivals FOLDER --out benchmarks/results/dipgo_dit.json
+    python -m benchmarks.studies.dipgo unet --rivals FOLDER --out benchmarks/results/dipgo_unet.json
+    python -m benchmarks.studies.dipgo flow --rivals FOLDER --out benchmarks/results/dipgo_flow.json
 
 Every method gets at most the budget's share of the full run's MACs, give or take 0.5 % of them for
 what always runs. Searches see other seeds than
 the table does. `latency` is CPU time over the full run's, one thread, medians of runs that take
-turns; `search` is CPU seconds. The learned search is given far fewer iterations than the
-paper's thousand. FOLDER holds DeepCache and cache-dit (pip install --no-deps --target
+turns; `search` is CPU seconds, for all budgets together but for greedy removal, which goes on from one to the next. The learned
+search is given far fewer iterations than the paper's thousand. FOLDER holds DeepCache and cache-dit (pip install --no-deps --target
 FOLDER DeepCache cache-dit); without it they are left out.
 """
 
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,31 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.digits import GUIDANCE
+from benchmarks.rivals import dpcache, packages
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.dipgo.budget import gates_at_budget
+from sdfp_vllm.dipgo.curve import find_curve
 from sdfp_vllm.dipgo.forecast import Forecasts
-from sdfp_vllm.dipgo.job import SearchOptions, find
+from sdfp_vllm.dipgo.job import SearchOptions
 from sdfp_vllm.dipgo.layout import Gates
 from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
 from sdfp_vllm.dipgo.quality import psnr, ssim
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.task import Task, task_of
+from tests.toy.digits.data import CLASSES
 from tests.toy.digits.judge import judge
 from tests.toy.digits.pipelines import digits_folder, digits_pipeline
 
 BUDGETS = (0.75, 0.5, 0.35, 0.25)
 STEPS = 20
+GUIDANCE = 4.0
 SLACK = 0.005
+# Seeds that rivals choose their settings on; ours has others, and more (`curve.py`).
 GREEDY_SEEDS = [5_000_000 + i for i in range(8)]
-TEST_SEED = 9_500_000
+CALIBRATION_SEEDS = [5_000_000 + i for i in range(16)]
+TEST_SEED = 9_700_000
 
 
 @dataclass
@@ -72,14 +78,21 @@ Run = Callable[[], Tensor]
 
 
 class Bench:
-    def __init__(self, name: str, images: int, console: Console):
-        self.name, self.console = name, console
+    """The model, the methods added so far, and the seeds that the table is of.
+
+    Attributes:
+        chain: Whether the denoiser is a chain of blocks, whose residuals can be reused.
+    """
+
+    def __init__(self, name: str, guidance: float, images: int, console: Console):
+        self.name, self.guidance, self.console = name, guidance, console
         self.pipe = digits_pipeline(name)  # type: ignore[arg-type]
         self.conditions = load_conditions(self.pipe, digits_folder(name))  # type: ignore[arg-type]
-        self.sampler = Sampler(self.pipe, self.conditions, STEPS, GUIDANCE)
+        self.sampler = Sampler(self.pipe, self.conditions, STEPS, guidance)
         self.seeds = [TEST_SEED + i for i in range(images)]
         self.runs: list[tuple[Entry, Run]] = []
         self.step_task = task_of(self.sampler, "step", "output", 0, 1.0)
+        self.chain = self.sampler.layout("block").residual
 
     def call(self, seeds: list[int]) -> Tensor:
         """The pipeline's public call, which rivals wrap; images in [-1, 1]."""
@@ -87,7 +100,7 @@ class Bench:
             **self.conditions.of(seeds),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=self.guidance,
             output_type="pt",
         ).images
         return made * 2 - 1
@@ -155,14 +168,14 @@ def cpu_seconds() -> Iterator[list[float]]:
 def add_methods(bench: Bench, iterations: int) -> None:
     sampler = bench.sampler
     for budget in BUDGETS:
-        fewer = Sampler(bench.pipe, bench.conditions, int(budget * sampler.calls), GUIDANCE)
+        fewer = Sampler(bench.pipe, bench.conditions, int(budget * sampler.calls), bench.guidance)
         entry = Entry("native fewer steps", budget, fewer.calls / sampler.calls, 0.0)
         bench.runs.append((entry, lambda s=fewer: s.latents(bench.seeds)))
     for order, name in ((0, "uniform step reuse"), (1, "uniform step reuse, straight line")):
         task = replace(bench.step_task, order=order)
         for budget in BUDGETS:
             bench.gates(name, budget, task, most_uniform(task, budget))
-    if bench.name == "dit":
+    if bench.chain:  # what FORA does, and TaylorSeer of first order
         for order, name in ((0, "uniform residual reuse"), (1, "uniform residual reuse, straight line")):
             task = task_of(sampler, "block", "residual", order, 1.0)
             for budget in BUDGETS:
@@ -172,9 +185,7 @@ def add_methods(bench: Bench, iterations: int) -> None:
         bench.gates("greedy step removal", budget, bench.step_task, gates, time.process_time() - began)
 
     task = task_of(sampler, "block", "output", 0, 1.0)
-    settings = LearnSettings(
-        iterations=iterations, learning_rate=10.0 if bench.name == "dit" else 0.1, width=256
-    )
+    settings = LearnSettings(iterations=iterations, learning_rate=10.0 if bench.chain else 0.1, width=256)
     with (
         cpu_seconds() as spent,
         stages(bench.console) as progress,
@@ -186,41 +197,55 @@ def add_methods(bench: Bench, iterations: int) -> None:
         bench.gates(f"DiP-GO as in the paper, {iterations} iterations", budget, task, gates, spent[0])
 
 
+def add_dpcache(bench: Bench) -> None:
+    ways = [bench.step_task]
+    if bench.chain:
+        ways.append(task_of(bench.sampler, "block", "residual", 0, 1.0))
+    with cpu_seconds() as spent:
+        found = dpcache.search(ways, BUDGETS, SLACK, CALIBRATION_SEEDS)
+    for budget, best in zip(BUDGETS, found, strict=True):
+        bench.gates(f"DPCache ({best.setting})", budget, best.task, best.gates, spent[0], best.forecasts)
+
+
 def add_ours(bench: Bench, rounds: int) -> None:
-    for budget in BUDGETS:
-        options = SearchOptions(steps=STEPS, budget=budget, guidance_scale=GUIDANCE, rounds=rounds)
-        with cpu_seconds() as spent, stages(bench.console) as progress:
-            found = find(bench.sampler, options, progress)
+    options = SearchOptions(steps=STEPS, guidance_scale=bench.guidance, rounds=rounds)
+    with cpu_seconds() as spent, stages(bench.console) as progress:
+        # With the slack of the others: whole steps whose blocks' residuals are reused cost what always runs, too.
+        curve = find_curve(bench.sampler, options, [b + SLACK for b in BUDGETS], progress)
+    for budget, found in zip(BUDGETS, curve, strict=True):
         order = f"order {found.task.order}" if found.forecasts is None else "forecasts of their own"
         way = f"{found.granularity}, {found.task.reuse}, {order}"
-        bench.console.print(f"ours at {budget:.0%}: {way}")
-        bench.gates("ours", budget, found.task, found.gates, spent[0], found.forecasts)
+        bench.gates(f"ours ({way})", budget, found.task, found.gates, spent[0], found.forecasts)
 
 
-def add_rival(bench: Bench, name: str, settings: list[Any], on: Callable[[Any], Any], off: Callable) -> None:
+def add_rival(bench: Bench, rival: packages.Rival) -> None:
     """For each budget, the setting that fits it and is closest to the full run on the greedy search's seeds."""
 
     def run(setting: Any, seeds: list[int]) -> Tensor:
-        handle = on(setting)
+        handle = rival.on(setting)
         try:
             return bench.call(seeds)
         finally:
-            off(handle)
+            rival.off(handle)
 
     tried = []
     with cpu_seconds() as spent:
         full, whole = executed(lambda: bench.call(GREEDY_SEEDS))
-        for setting in settings:
-            made, macs = executed(lambda s=setting: run(s, GREEDY_SEEDS))
+        for setting in rival.settings:
+            try:
+                made, macs = executed(lambda s=setting: run(s, GREEDY_SEEDS))
+            except AssertionError as e:  # cache-dit, where a stream was not cached in the step before
+                bench.console.print(f"{rival.name} ({setting}) does not run on this model: {e}")
+                continue
             tried.append((macs / whole, nearness(made, full), setting))
     for budget in BUDGETS:
         fitting = [t for t in tried if t[0] <= budget + SLACK]
         if not fitting:
-            bench.console.print(f"{name}: no setting within {budget:.0%}")
+            bench.console.print(f"{rival.name}: no setting within {budget:.0%}")
             continue
         share, _, setting = max(fitting, key=lambda t: t[1])
-        bench.console.print(f"{name} at {budget:.0%}: {share:.1%} compute, {setting}")
-        entry = Entry(f"{name} {setting}", budget, share, spent[0] if spent else 0.0)
+        bench.console.print(f"{rival.name} at {budget:.0%}: {share:.1%} compute, {setting}")
+        entry = Entry(f"{rival.name} ({str(setting).strip('()')})", budget, share, spent[0])
         bench.runs.append((entry, lambda s=setting: run(s, bench.seeds)))
 
 
@@ -232,50 +257,14 @@ def executed(run: Run) -> tuple[Tensor, int]:
     return made, counter.get_total_flops() // 2
 
 
-def add_deepcache(bench: Bench) -> None:
-    from DeepCache import DeepCacheSDHelper
-
-    def on(setting: tuple[int, int]) -> Any:
-        helper = DeepCacheSDHelper(pipe=bench.pipe)
-        helper.set_params(cache_interval=setting[0], cache_branch_id=setting[1])
-        helper.enable()
-        return helper
-
-    # (interval, branch)
-    add_rival(
-        bench, "DeepCache", [(i, b) for i in (2, 3, 4, 5, 7, 10) for b in (0, 3)], on, lambda h: h.disable()
-    )
-
-
-def add_cache_dit(bench: Bench) -> None:
-    import cache_dit
-
-    def on(setting: tuple[float, int, int]) -> None:
-        threshold, warm_up, row = setting
-        cache_dit.enable_cache(
-            bench.pipe,
-            cache_config=cache_dit.DBCacheConfig(
-                Fn_compute_blocks=1,
-                Bn_compute_blocks=0,
-                residual_diff_threshold=threshold,
-                max_warmup_steps=warm_up,
-                max_continuous_cached_steps=row,
-                num_inference_steps=STEPS,
-            ),
-            calibrator_config=cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1),
-        )
-
-    # (threshold, warm-up steps, cached steps in a row), with its first-order TaylorSeer
-    settings = [(t, w, r) for t in (0.1, 0.3, 10.0) for w in (1, 3) for r in (1, 2, 3, 5, 8)]
-    add_rival(bench, "cache-dit", settings, on, lambda _: cache_dit.disable_cache(bench.pipe))
-
-
 def measure(bench: Bench, repeats: int) -> list[Entry]:
     with torch.no_grad():
         full = bench.sampler.latents(bench.seeds)
     labels = bench.conditions.of(bench.seeds)
-    classes = labels["class_labels"] if "class_labels" in labels else labels["prompt_embeds"][:, 0].argmax(-1)
-    classes = [int(c) for c in classes]
+    if "class_labels" in labels:
+        classes = labels["class_labels"]
+    else:  # one-hot tokens, one per digit
+        classes = labels["prompt_embeds"][..., : CLASSES + 1].argmax(-1).flatten().tolist()
     everything: list[tuple[Entry, Run]] = [
         (Entry("full run", 1.0, 1.0, 0.0), lambda: bench.sampler.latents(bench.seeds)), *bench.runs
     ]  # fmt: skip
@@ -306,33 +295,43 @@ def show(console: Console, title: str, entries: list[Entry]) -> None:
     console.print(table)
 
 
+def versions(names: list[str]) -> dict[str, str]:
+    return {name: version(name) for name in names}
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", choices=["dit", "unet"])
+    p.add_argument("model", choices=["dit", "unet", "flow"])
     p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--guidance", type=float, default=GUIDANCE)
     p.add_argument("--images", type=int, default=64)
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--iterations", type=int, default=100, help="of the learned search")
-    p.add_argument("--rounds", type=int, default=2, help="of refinement")
+    p.add_argument("--rounds", type=int, default=SearchOptions.rounds, help="of refinement")
     p.add_argument("--only-ours", action="store_true")
     p.add_argument("--rivals", type=Path, help="folder with DeepCache and cache-dit")
     a = p.parse_args()
     torch.set_num_threads(1)
     console = Console(width=130)
     began = time.time()
-    bench = Bench(a.model, a.images, console)
+    bench = Bench(a.model, a.guidance, a.images, console)
     if a.rivals:
         sys.path.append(str(a.rivals))
-        (add_cache_dit if a.model == "dit" else add_deepcache)(bench)
+        add_rival(
+            bench,
+            packages.cache_dit(bench.pipe, STEPS) if bench.chain else packages.deepcache(bench.pipe),
+        )
     if not a.only_ours:
+        add_dpcache(bench)
         add_methods(bench, a.iterations)
     add_ours(bench, a.rounds)
     entries = measure(bench, a.repeats)
-    title = f"Digits {a.model}: {STEPS} steps {type(bench.pipe.scheduler).__name__}, guidance {GUIDANCE:g}, {a.images} images"
+    title = f"Digits {a.model}: {STEPS} steps {type(bench.pipe.scheduler).__name__}, guidance {a.guidance:g}, {a.images} images"
     show(console, title, entries)
     content = {
         "title": title,
-        "settings": {k: str(v) for k, v in vars(a).items()},
+        "settings": {k: str(v) for k, v in vars(a).items() if k not in ("out", "rivals")},
+        "packages": versions(["diffusers", *(["DeepCache", "cache-dit"] if a.rivals else [])]),
         "entries": [asdict(e) for e in entries],
         "provenance": provenance(),
         "wall_seconds": time.time() - began,

@@ -21,7 +21,12 @@ _Cost = Annotated[
 def search_command(
     pipeline: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline.")],
     steps: Annotated[int, typer.Option(help="num_inference_steps the plan is for.")] = 50,
-    budget: Annotated[float, typer.Option(help="Share of the full run to spend, in --cost.")] = 0.5,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the full run to spend, in --cost (default: 0.5); several: a plan for each, in a folder."
+        ),
+    ] = None,
     cost: _Cost = "macs",
     latency_images: Annotated[
         int, typer.Option(help="Images generated at once when latency is measured.")
@@ -44,6 +49,13 @@ def search_command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     images: Annotated[int, typer.Option(help="Images a recording runs at once.")] = 8,
     projections: Annotated[int, typer.Option(help="Backward passes of a recording.")] = 4,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most that a recording may hold in memory beside the model: 8GiB, or 30% of what is free (default: 50%). "
+            "What is beyond it goes to temporary files."
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of refinement on real generations.")] = 4,
     test_images: Annotated[int, typer.Option(help="Images the plan's quality is stated on.")] = 16,
     iterations: Annotated[int, typer.Option(help="Of the learned search.")] = 200,
@@ -72,14 +84,16 @@ def search_command(
     """
     from rich.console import Console
 
+    from sdfp_vllm.common.amount import bytes_of
     from sdfp_vllm.common.terminal import console
-    from sdfp_vllm.dipgo.job import SearchOptions, search
+    from sdfp_vllm.dipgo.job import SearchOptions, search_each
     from sdfp_vllm.dipgo.plan import plan_path
     from sdfp_vllm.dipgo.report import verdict
+    from sdfp_vllm.dipgo.room import free_memory
+    from sdfp_vllm.errors import SdfpError
 
     options = SearchOptions(
         steps=steps,
-        budget=budget,
         cost=cost,  # type: ignore[arg-type]
         latency_images=latency_images,
         method=method,  # type: ignore[arg-type]  # search() refuses what it does not know
@@ -91,6 +105,7 @@ def search_command(
         dtype=dtype,
         images=images,
         projections=projections,
+        memory=None if memory is None else bytes_of("--memory", memory, free_memory()),
         rounds=rounds,
         test_images=test_images,
         iterations=iterations,
@@ -101,12 +116,20 @@ def search_command(
         layout=layout,
         arguments=tuple(_argument(text) for text in arguments or ()),
     )
-    plan = search(pipeline, options, plan_path(out), Console(stderr=True))
-    if plan.beaten and plan.scores is None and not keep:
-        console().print(f"{verdict(plan)}\nNo plan written; --keep writes it all the same.", soft_wrap=True)
-        return
-    path = plan.save(out)
-    console().print(f"{verdict(plan)}\nPlan: {path}", soft_wrap=True)
+    budgets = budget or [options.budget]
+    each = len(budgets) > 1
+    if each and out.suffix == ".json":
+        raise SdfpError(
+            f"--out {out}", "is one file, and several budgets make several plans", "Give a folder."
+        )
+    for plan in search_each(pipeline, options, budgets, plan_path(out), Console(stderr=True)):
+        if plan.beaten and plan.scores is None and not keep:
+            console().print(
+                f"{verdict(plan)}\nNo plan written; --keep writes it all the same.", soft_wrap=True
+            )
+            continue
+        path = plan.save(out / f"{plan.made.budget:g}" if each else out)
+        console().print(f"{verdict(plan)}\nPlan: {path}", soft_wrap=True)
 
 
 def _argument(text: str) -> tuple[str, Any]:

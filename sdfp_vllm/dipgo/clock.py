@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from sdfp_vllm.dipgo.owner import Owner, owner_of
+from sdfp_vllm.dipgo.owner import Whose, owner_of
 from sdfp_vllm.dipgo.rhythm import Rhythm, rhythm_of
+from sdfp_vllm.dipgo.streams import place_of
 from sdfp_vllm.errors import SdfpError
 
 WHERE = "DiP-GO plan"
@@ -25,10 +25,11 @@ _EXACT = 1e-5
 class Generation:
     """A generation under way: the step it is in, the call within it, and in `kept` what hooks remember of it."""
 
-    def __init__(self, owner: Owner):
+    def __init__(self, owner: Whose):
         self.owner = owner
         self.step = -1
         self.branch = 0
+        self.branches: int | None = None  # calls in a step, once that is known
         self.kept: dict[Hashable, Any] = {}
 
 
@@ -42,7 +43,12 @@ class Clock:
         on_start: Called with the pipeline (None: there is none) before the first call of every generation; may refuse it.
         on_call: Called with the generation, at its new step and branch, and the call's arguments before every call; may refuse it.
         on_done: Called with the generation after every call.
+
+    Attributes:
+        count_calls: Whether the calls in a step are those of each generation's first one, whatever `rhythm` says of them.
     """
+
+    count_calls = False
 
     def __init__(
         self,
@@ -90,7 +96,15 @@ class Clock:
         """
         given, now = timestep_of(module, args, kwargs)
         owner = owner_of(module, given, len(self._rhythm.timesteps))
+        self._inside[owner.thread] = self._advance(stage, owner, given, now, args, kwargs)
+
+    def _advance(
+        self, stage: int, owner: Whose, given: Any, now: float, args: tuple, kwargs: dict[str, Any]
+    ) -> Generation:
+        """Takes the owner's generation to the call that is made now."""
         generation = self._under_way.get(owner.key)
+        if generation is not None:
+            self._count(generation, now)
         if generation is None or not self._fits(given, now, *self._next(generation)):
             self._refuse_other_rhythm(generation, given, now)
             generation = self._begin(owner, given, now)
@@ -108,11 +122,27 @@ class Clock:
         except SdfpError:
             generation.step, generation.branch = before
             raise
-        self._inside[owner.thread] = generation
+        return generation
+
+    def _count(self, generation: Generation, now: float) -> None:
+        """Settles how many calls a step has: as many as were made before the first step was over."""
+        if not self.count_calls or generation.branches or generation.step != 0:
+            return
+        over = generation.owner.steps_done
+        if over is None and len(self._rhythm.timesteps) > 1:
+            first, second = self._rhythm.timesteps[:2]
+            over = int(abs(now - second) < abs(now - first))
+        if over:
+            generation.branches = generation.branch + 1
+
+    def _branches(self, generation: Generation) -> int:
+        if not self.count_calls:
+            return self._rhythm.branches
+        return generation.branches or generation.branch + 2  # not known yet: there may be another
 
     def _next(self, generation: Generation) -> tuple[int, int]:
         """Step and branch of the call that comes after the present one."""
-        if generation.step >= 0 and generation.branch + 1 < self._rhythm.branches:
+        if generation.step >= 0 and generation.branch + 1 < self._branches(generation):
             return generation.step, generation.branch + 1
         return generation.step + 1, 0
 
@@ -127,7 +157,7 @@ class Clock:
         """Refuses more or fewer calls in a step than the plan has, which show within one run of a pipeline."""
         if generation is None or generation.owner.pipe is None or generation.step < 0:
             return
-        planned, made = self._rhythm.branches, generation.branch + 1
+        planned, made = self._branches(generation), generation.branch + 1
         more = made == planned and self._fits(given, now, generation.step)
         fewer = made < planned and self._fits(given, now, generation.step + 1)
         if more or fewer:
@@ -138,7 +168,7 @@ class Clock:
                 "Guide the generation as in the search (guidance in separate calls, skipped layers), or search a plan for this way.",
             )
 
-    def _begin(self, owner: Owner, given: Any, now: float) -> Generation:
+    def _begin(self, owner: Whose, given: Any, now: float) -> Generation:
         self._under_way.pop(owner.key, None)
         loops = [
             k for k, g in self._under_way.items() if g.owner.thread is owner.thread and not g.owner.frame
@@ -161,9 +191,12 @@ class Clock:
         """Notes that the call has ended."""
         generation = self._inside.pop(threading.current_thread(), None)
         if generation is not None:
-            if self._next(generation) == (len(self._rhythm.timesteps), 0):
-                self._under_way.pop(generation.owner.key, None)
-            self._on_done(generation)
+            self._done(generation)
+
+    def _done(self, generation: Generation) -> None:
+        if self._next(generation) == (len(self._rhythm.timesteps), 0):
+            self._under_way.pop(generation.owner.key, None)
+        self._on_done(generation)
 
     def forget(self) -> None:
         """Drops all generations under way."""
@@ -199,9 +232,8 @@ def timestep_of(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     if "timestep" in kwargs:
         value = kwargs["timestep"]
     else:
-        parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-        place = parameters.index("timestep") if "timestep" in parameters else len(args)
-        if place >= len(args):
+        place = place_of(type(denoiser).forward, "timestep")
+        if place is None or place >= len(args):
             raise SdfpError(
                 type(denoiser).__name__,
                 "is called without a timestep",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from sdfp_vllm.dipgo.layout import Granularity
 from sdfp_vllm.dipgo.options import SearchOptions
 from sdfp_vllm.dipgo.prediction import Surrogate
 from sdfp_vllm.dipgo.refine import Reference, likeness, refine, slide, surest
+from sdfp_vllm.dipgo.room import limit
 from sdfp_vllm.dipgo.sampling import Sampler
+from sdfp_vllm.dipgo.schedule import scheduled
 from sdfp_vllm.dipgo.surrogate import record
 from sdfp_vllm.dipgo.task import Found, Pattern, Task, task_of
 
@@ -22,6 +25,8 @@ from sdfp_vllm.dipgo.task import Found, Pattern, Task, task_of
 RECORD, COMPARE, JUDGE = 1_000_000, 2_000_000, 2_500_000
 _RECORDED, _COMPARED, _JUDGED = 3, 2, 6  # times as many images as are recorded at once
 _KEPT = 2  # of the patterns that the prediction leads to
+_FIRST = (1, 3)  # steps that run whatever they cost, in schedules of whole steps
+_POWERS = (1.0, 0.5)  # how their errors are summed
 
 Begun = dict[tuple[str, int], Pattern]  # by kinds of forecast and most swaps
 
@@ -57,6 +62,7 @@ def find_curve(
     ones. What a smaller budget ended with is within a larger one: on the judges' images no larger budget ends less near.
     """
     budgets = sorted(set(budgets), reverse=True)
+    limit(sampler, options.memory)
     images = _images(sampler, options)
     kinds = "".join(KINDS) if options.order is None else str(options.order)
     ends: list[list[Ended]] = [[] for _ in budgets]
@@ -110,7 +116,7 @@ class _Search:
         line = [p for _, p in sorted(tried, key=lambda t: t[0])[-_KEPT:]]
         advance(1, f"{self.granularity}, {task.budget:.0%}: {max(t[0] for t in tried):.1f} dB")
         # What is on this line is there too when more rounds follow, so that more search never ends worse.
-        if self.granularity == "step" and options.rounds:
+        if options.rounds and _whole_steps(line[-1]):
             line.append(slide(task, line[-1], images.compare))
         advance(1)
         line += refine(
@@ -128,6 +134,11 @@ class _Search:
             for surrogate, swaps in ((opened.with_caution(0.0), 0), (opened, MAX_SWAPS)):
                 pattern = begun[kinds, swaps] = greedy(task, surrogate, begun.get((kinds, swaps)), kinds)
                 found.append([pattern, *path(task, surrogate, pattern, kinds, swaps)][-1])
+        # Closing gates one by one never moves a step that is there: whole steps are tried by themselves, first ones kept or not.
+        if opened.additive:
+            for first, power in product(_FIRST, _POWERS):
+                if (steps := scheduled(task, opened, self.kinds, first, power)) is not None:
+                    found += [steps, *path(task, opened, steps, self.kinds)[-1:]]
         # None of them is always better than even steps, where few are left.
         if self.granularity == "step":
             found += [Pattern.of(evenly(task), kind) for kind in self.kinds[:2]]
@@ -135,6 +146,11 @@ class _Search:
 
     def _try(self, pattern: Pattern) -> tuple[float, Pattern]:
         return float(likeness(self.task, pattern, self.images.compare).mean()), pattern
+
+
+def _whole_steps(pattern: Pattern) -> bool:
+    """Whether in each step all units run, or none."""
+    return bool((pattern.gates == pattern.gates[:, :1]).all())
 
 
 def _found(ended: Ended) -> Found:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sdfp_vllm.dipgo.layout import WHOLE, Granularity, Layout, Stream, Unit
+from sdfp_vllm.dipgo.layout import WHOLE, Granularity, Layout, Stream, Unit, unwrapped
 from sdfp_vllm.errors import SdfpError
 
 _IMAGE, _TEXT = "hidden_states", "encoder_hidden_states"
@@ -87,7 +87,7 @@ def _chain_units(denoiser: nn.Module) -> tuple[Unit, ...]:
 
 
 def _streams(block: nn.Module) -> tuple[Stream, ...]:
-    streams = _BLOCKS[type(block).__name__]
+    streams = _BLOCKS[type(unwrapped(block)).__name__]
     # SD3's last block reads the text and gives None for it.
     return tuple(
         s for s in streams if not (s.argument == _TEXT and getattr(block, "context_pre_only", False))

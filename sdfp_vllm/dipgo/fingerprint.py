@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -85,15 +86,28 @@ def pipeline_fingerprint(pipe: Any) -> PipelineFingerprint:
     Raises:
         SdfpError: If the pipeline is not supported, or its weights are not in memory.
     """
+    denoisers = list(denoisers_of(pipe).values())
+    return fingerprint_of(denoisers, [_probes(denoiser) for denoiser in denoisers])
+
+
+def fingerprint_of(denoisers: Sequence[nn.Module], probes: Sequence[list[float]]) -> PipelineFingerprint:
+    """The fingerprint of diffusers' denoisers with these `probes`, which are their weights at `probed`."""
     first, *others = (
         PipelineFingerprint(
             denoiser=type(denoiser).__name__,
             config_sha256=_config_hash(getattr(denoiser, "config", {})),
-            probes=_probes(denoiser),
+            probes=values,
         )
-        for denoiser in denoisers_of(pipe).values()
+        for denoiser, values in zip(denoisers, probes, strict=True)
     )
     return first.model_copy(update={"others": others})
+
+
+def probed(denoiser: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that a fingerprint has a weight of, with their names: the one in the middle (`numel() // 2`)."""
+    parameters = [(name, p) for name, p in denoiser.named_parameters() if p.numel()]
+    count = min(_PROBES, len(parameters))
+    return [parameters[i * len(parameters) // _PROBES] for i in range(count)]
 
 
 def scheduler_fingerprint(scheduler: Any) -> SchedulerFingerprint:
@@ -123,8 +137,7 @@ def _config_hash(config: Any) -> str:
 
 
 def _probes(denoiser: nn.Module) -> list[float]:
-    parameters = [p for p in denoiser.parameters() if p.numel()]
-    chosen = [parameters[i * len(parameters) // _PROBES] for i in range(min(_PROBES, len(parameters)))]
+    chosen = [p for _, p in probed(denoiser)]
     if any(p.is_meta for p in chosen):
         raise SdfpError(
             type(denoiser).__name__,

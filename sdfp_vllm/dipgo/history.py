@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -43,6 +44,19 @@ class History:
         factors = slopes(kind or self._kind, step, steps)
         values = [_ahead(leaves, factors) for leaves in zip(*held, strict=True)]
         return tree_unflatten([values[i] for i in self._places], self._spec)
+
+    def refit(self, lengths: Mapping[int, int]) -> None:
+        """Cuts what is held, or pads it with zeros, to these lengths along its second dimension; by place in the value.
+
+        For texts in a batch that are padded to the longest: what lies beyond a text's own end is masked wherever it is read.
+        """
+        for place, length in lengths.items():
+            for _, leaves in self._computed:
+                held = leaves[self._places[place]]
+                if held.shape[1] != length:
+                    kept = held[:, :length]
+                    padding = kept.new_zeros(kept.shape[0], length - kept.shape[1], *kept.shape[2:])
+                    leaves[self._places[place]] = torch.cat([kept, padding], dim=1)
 
 
 def _ahead(leaves: Sequence[Any], factors: list[float]) -> Any:

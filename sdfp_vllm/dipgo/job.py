@@ -1,13 +1,16 @@
-"""The offline search: a pipeline in, a plan out."""
+"""The offline search: a pipeline in, a plan out, or one for each of several budgets."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from sdfp_vllm import __version__
 from sdfp_vllm.common.progress import Stages, stages
@@ -42,7 +45,29 @@ def search(
         SdfpError: If an option is out of range or does not fit the pipeline, before any weight is loaded
             where that can be told.
     """
-    check(options)
+    return search_each(folder, options, [options.budget], out, console)[0]
+
+
+def search_each(
+    folder: str | Path,
+    options: SearchOptions,
+    budgets: Sequence[float],
+    out: Path,
+    console: Console | None = None,
+) -> list[DipgoPlan]:
+    """A plan for each of `budgets`, the largest first, from one search; `options.budget` is not read.
+
+    Raises:
+        SdfpError: As `search`.
+    """
+    for budget in budgets:
+        check(replace(options, budget=budget))
+    if len(budgets) > 1 and options.method == "learned":
+        raise SdfpError(
+            "--budget",
+            "is given more than once, and a learned search has one",
+            "Give the least; `sdfp dipgo budget PLAN BUDGET` makes the other plans from it.",
+        )
     units = load_layout(options.layout) if options.layout else None
     began = time.perf_counter()
     pipe = load_pipeline(folder, options.dtype)
@@ -55,13 +80,26 @@ def search(
     )
     sampler.units = units
     with stages(console) as progress:
-        found = find(sampler, options, progress, out.parent / STATE_FILE)
+        each = find_each(sampler, options, budgets, progress, out.parent / STATE_FILE)
+    seconds = time.perf_counter() - began
     seeds = [_TEST + options.seed * 10_007 + i for i in range(options.test_images)]
-    reached = quality(found.task, found.gates, seeds, found.forecasts)
-    native = fewer_steps(sampler, options.budget, seeds)
+    full = _images(sampler, sampler, seeds)
+    return [_plan(sampler, str(folder), options, found, seeds, full, seconds) for found in each]
+
+
+def _plan(
+    sampler: Sampler,
+    name: str,
+    options: SearchOptions,
+    found: Found,
+    seeds: list[int],
+    full: Tensor,
+    seconds: float,
+) -> DipgoPlan:
+    """What was found as a plan, with how near it is to the full run's images `full` of `seeds`."""
     return DipgoPlan(
-        pipeline=str(folder),
-        fingerprint=pipeline_fingerprint(pipe),
+        pipeline=name,
+        fingerprint=pipeline_fingerprint(sampler.pipe),
         scheduler=sampler.scheduler,
         calls=sampler.rhythm,
         granularity=found.granularity,
@@ -72,17 +110,17 @@ def search(
         forecasts=None if found.forecasts is None else forecast_rows(found.gates, found.forecasts),
         macs=found.task.macs,
         latency=found.task.cost if isinstance(found.task.cost, Latency) else None,
-        quality=reached,
-        native=native,
+        quality=quality(found.task, found.gates, seeds, found.forecasts, full),
+        native=fewer_steps(sampler, found.task.budget, seeds, full),
         scores=None if found.scores is None else found.scores.tolist(),
         made=Provenance(
             method=options.method,
-            budget=options.budget,
+            budget=found.task.budget,
             cost=options.cost,
             guidance_scale=options.guidance_scale,
             seed=options.seed,
             iterations=options.iterations if options.method == "learned" else options.rounds,
-            search_seconds=time.perf_counter() - began,
+            search_seconds=seconds,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             sdfp_version=__version__,
             torch_version=torch.__version__,
@@ -94,23 +132,54 @@ def search(
 
 def find(sampler: Sampler, options: SearchOptions, progress: Stages, state_file: Path | None = None) -> Found:
     """The search itself, on a loaded pipeline."""
-    return (_learned if options.method == "learned" else _fisher)(sampler, options, progress, state_file)
+    return find_each(sampler, options, [options.budget], progress, state_file)[0]
 
 
-def quality(task: Task, gates: Gates, seeds: list[int], forecasts: Forecasts | None = None) -> Quality:
-    """Agreement with the full run on `seeds`."""
+def find_each(
+    sampler: Sampler,
+    options: SearchOptions,
+    budgets: Sequence[float],
+    progress: Stages,
+    state_file: Path | None = None,
+) -> list[Found]:
+    """The search for several budgets, the largest first; the learned one takes a single one."""
+    if options.method == "learned":
+        return [_learned(sampler, replace(options, budget=budgets[0]), progress, state_file)]
+    return find_curve(sampler, options, budgets, progress)
+
+
+def _images(sampler: Sampler, made_by: Sampler, seeds: list[int]) -> Tensor:
     with torch.no_grad():
-        full = task.sampler.decode(task.sampler.latents(seeds))
+        return sampler.decode(made_by.latents(seeds))
+
+
+def quality(
+    task: Task,
+    gates: Gates,
+    seeds: list[int],
+    forecasts: Forecasts | None = None,
+    full: Tensor | None = None,
+) -> Quality:
+    """Agreement with the full run on `seeds`; `full` are its images where they are there already."""
+    if full is None:
+        full = _images(task.sampler, task.sampler, seeds)
+    with torch.no_grad():
         images = task.sampler.decode(task.run(gates, seeds, forecasts))
     return Quality(
         images=len(seeds), psnr=psnr(images, full).mean().item(), ssim=ssim(images, full).mean().item()
     )
 
 
-def fewer_steps(sampler: Sampler, budget: float, seeds: list[int]) -> FewerSteps | None:
+def fewer_steps(
+    sampler: Sampler, budget: float, seeds: list[int], full: Tensor | None = None
+) -> FewerSteps | None:
     """What the pipeline gives in fewer steps, as many as `budget` allows of its calls: what any plan must beat.
 
-    None if the scheduler makes none.
+    Args:
+        full: Images of the full run on `seeds`, where they are there already.
+
+    Returns:
+        None if the scheduler makes none.
     """
     for steps in range(min(int(budget * sampler.steps + 1e-9), sampler.steps - 1), 0, -1):
         try:
@@ -121,9 +190,9 @@ def fewer_steps(sampler: Sampler, budget: float, seeds: list[int]) -> FewerSteps
             break
     else:
         return None
-    with torch.no_grad():
-        full = sampler.decode(sampler.latents(seeds))
-        images = sampler.decode(fewer.latents(seeds))
+    if full is None:
+        full = _images(sampler, sampler, seeds)
+    images = _images(sampler, fewer, seeds)
     return FewerSteps(steps=steps, psnr=psnr(images, full).mean().item())
 
 
@@ -152,10 +221,6 @@ def _learned(sampler: Sampler, options: SearchOptions, progress: Stages, state_f
         )
     gates = gates_at_budget(scores, options.budget, task.layout, task.cost, task.reuse, task.stages)
     return Found(granularity, task, gates, scores)
-
-
-def _fisher(sampler: Sampler, options: SearchOptions, progress: Stages, _: Path | None) -> Found:
-    return find_curve(sampler, options, [options.budget], progress)[0]
 
 
 def _diffusers_version() -> str:

@@ -27,6 +27,7 @@ class SearchOptions:
         latency_images: Images that are generated at once when latency is measured.
         images: Images that a recording runs at once. Three times as many are recorded, others compared and judged on (`curve.py`).
         projections: Backward passes of a recording.
+        memory: Bytes that a recording may hold in memory beside the model (None: half of what is free); more goes to files.
         rounds: Of refinement.
         test_images: That the plan's quality is stated on.
         iterations, learning_rate, consistency: Of the paper's search (None: its rate).
@@ -48,6 +49,7 @@ class SearchOptions:
     dtype: str = "float32"
     images: int = 8
     projections: int = 4
+    memory: int | None = None
     rounds: int = 4
     test_images: int = 16
     iterations: int = 200
@@ -72,6 +74,8 @@ def check(options: SearchOptions) -> None:
     ):
         if value < low:
             raise SdfpError(flag, f"is {value}", f"Give at least {low}.")
+    if options.memory is not None and options.memory < 1:
+        raise SdfpError("--memory", f"is {options.memory}", "Give an amount such as 8GiB.")
     if not 0 < options.budget <= 1:
         raise SdfpError(
             "--budget", f"is {options.budget:g}", "Give the share of the full run to spend, in (0, 1]."
@@ -89,6 +93,8 @@ def check(options: SearchOptions) -> None:
             raise SdfpError(flag, f"{text} is unknown", f"Choose from {choices}.")
     if options.method == "learned" and options.order == 1:
         raise SdfpError("--order 1", "the learned search reuses the last value only", "Use --method fisher.")
+    if options.method == "learned" and options.memory is not None:
+        raise SdfpError("--memory", "is for recordings, and the learned search makes none", "Leave it out.")
     if options.resume and options.method != "learned":
         raise SdfpError(
             "--resume", "only the learned search keeps a state", "Leave it out; this search takes minutes."

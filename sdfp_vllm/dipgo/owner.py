@@ -11,11 +11,28 @@ import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from sdfp_vllm.dipgo.layout import NAMES, unwrapped
+
+
+class Whose(Protocol):
+    """What a clock asks of whoever a generation belongs to: an `Owner`, or a request (`rows.Request`)."""
+
+    @property
+    def key(self) -> Hashable: ...
+    @property
+    def thread(self) -> threading.Thread: ...
+    @property
+    def pipe(self) -> Any | None: ...
+    @property
+    def frame(self) -> int: ...
+    @property
+    def steps_done(self) -> int | None: ...
+    @property
+    def gone(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,12 @@ class Owner:
     @property
     def key(self) -> Hashable:
         return self.thread, self.frame, id(self.timesteps)
+
+    @property
+    def steps_done(self) -> int | None:
+        """How many steps the pipeline's scheduler has made; None if nobody can tell."""
+        scheduler: Any = getattr(self.pipe, "scheduler", None)
+        return (scheduler.step_index or 0) if hasattr(scheduler, "step_index") else None
 
     @property
     def gone(self) -> bool:
@@ -57,7 +80,10 @@ def owner_of(denoiser: nn.Module, timestep: Any, calls: int) -> Owner:
     a view of it, else by its thread alone.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _holds(_self_of(frame), denoiser):
+    # Most frames are torch's own, and looking into a frame copies its variables.
+    while frame is not None and (
+        frame.f_globals.get("__name__", "").startswith("torch.") or not _holds(_self_of(frame), denoiser)
+    ):
         frame = frame.f_back
     thread = threading.current_thread()
     if frame is None:
@@ -80,11 +106,14 @@ def _self_of(frame: FrameType) -> Any:
 
 
 def _holds(candidate: Any, denoiser: nn.Module) -> bool:
-    """Whether this is a pipeline around `denoiser`, diffusers' or somebody's own."""
+    """Whether this is a pipeline around `denoiser`: diffusers', vLLM-Omni's (which are modules) or somebody's own."""
     try:
         # As it lies there: an attribute that computes something is none of ours to ask.
         parts = object.__getattribute__(candidate, "__dict__")
     except AttributeError:
         return False
+    modules = parts.get("_modules", {})
+    if "scheduler" not in parts and "scheduler" not in modules:
+        return False
     names = [each for name in NAMES for each in (name, f"{name}_2")]
-    return "scheduler" in parts and any(unwrapped(parts.get(name)) is denoiser for name in names)
+    return any(unwrapped(parts.get(name, modules.get(name))) is denoiser for name in names)

@@ -76,6 +76,13 @@ class Surrogate:
         other._caution = caution
         return other
 
+    def whole(self) -> Surrogate:
+        """The same with all units as one, which runs or not; for additive ones, whose errors of a step sum up."""
+        other = copy.copy(self)
+        other._table = self._table.sum(1, keepdims=True)
+        other._errors, other._columns = {}, {}
+        return other
+
     @property
     def additive(self) -> bool:
         """Whether what a unit errs by depends on its own gates alone: every unit always reaches the prediction."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from sdfp_vllm.dipgo.clock import WHERE, Clock, Generation
 from sdfp_vllm.dipgo.families import is_listed, layout_of
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint, scheduler_fingerprint
 from sdfp_vllm.dipgo.forecast import KINDS, Forecasts
+from sdfp_vllm.dipgo.graph_breaks import between_graphs, is_one_graph, put_around, take_off
 from sdfp_vllm.dipgo.history import History, recalled
 from sdfp_vllm.dipgo.layout import Gates, Layout, Unit, denoisers_of
 from sdfp_vllm.dipgo.plan import DipgoPlan, load_plan
@@ -26,7 +26,7 @@ from sdfp_vllm.dipgo.streams import added, batch_of, entering, passed
 from sdfp_vllm.errors import PlanError, SdfpError
 
 _CLOCK, _UNIT = "sdfp_dipgo_clock", "sdfp_dipgo_unit"
-_SHAPES, _MET = "shapes of the calls' samples", "units that were reached in this call"
+_SHAPES, MET = "shapes of the calls' samples", "units that were reached in this call"
 _SEARCH = "Make one for this pipeline with `sdfp dipgo search`."
 
 
@@ -46,27 +46,52 @@ class UnitHook(ModelHook):
         self._order = max(KINDS[kind] for kind in kinds)
 
     # The unit itself may be compiled: what is called from here is no part of what is left out.
-    @partial(torch.compiler.disable, recursive=False, reason="a DiP-GO plan skips it in some calls")
+    @between_graphs
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.fn_ref.original_forward
         if self._clock.removed:
             return forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
-        generation = self._clock.now
-        step, kept = generation.step, generation.kept
-        kept[_MET] = kept.get(_MET, 0) + 1
-        history = kept.setdefault((self, generation.branch), History(self._order))
+        step = self._begin()
         if not self._runs[step]:
-            reused = history.recall(step, self._kinds[step])
-            if self._residual:
-                return passed(self._unit, entering(self._unit, module, args, kwargs), reused)
-            return reused
+            return self._reused(step, module, args, kwargs)
         if not self._kept[step]:
             return forward(*args, **kwargs)  # type: ignore[misc]
-        # Of the input as it is now: the unit may write into it.
-        streams = [x.clone() for x in entering(self._unit, module, args, kwargs)] if self._residual else []
+        streams = self._entering(module, args, kwargs)
         output = forward(*args, **kwargs)  # type: ignore[misc]
-        history.store(step, added(self._unit, streams, output) if self._residual else output)
+        self._store(step, streams, output)
         return output
+
+    @torch.compiler.disable
+    def _begin(self) -> int:
+        """The step that the generation is in; notes that the unit was reached."""
+        generation = self._clock.now
+        generation.kept[MET] = generation.kept.get(MET, 0) + 1
+        return generation.step
+
+    @torch.compiler.disable
+    def _reused(self, step: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        reused = self._history(self._clock.now).recall(step, self._kinds[step])
+        return (
+            passed(self._unit, entering(self._unit, module, args, kwargs), reused)
+            if self._residual
+            else reused
+        )
+
+    @torch.compiler.disable
+    def _entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+        """What residual reuse needs of the input as it is now: the unit may write into it."""
+        return [x.clone() for x in entering(self._unit, module, args, kwargs)] if self._residual else []
+
+    @torch.compiler.disable
+    def _store(self, step: int, streams: list[Tensor], output: Any) -> None:
+        value = added(self._unit, streams, output) if self._residual else output
+        self._history(self._clock.now).store(step, value)
+
+    def _history(self, generation: Generation) -> History:
+        return generation.kept.setdefault((self, generation.branch), History(self._order))
+
+
+S = TypeVar("S", bound="Skipping")
 
 
 class Skipping:
@@ -82,6 +107,9 @@ class Skipping:
     Raises:
         SdfpError: If hooks of this kind are on the denoiser already.
     """
+
+    clock_type: type[Clock] = Clock
+    hook_type: type[UnitHook] = UnitHook
 
     def __init__(
         self,
@@ -103,7 +131,7 @@ class Skipping:
                     "Remove it first: handle.remove().",
                 )
         rhythm = rhythm_of(rhythm)
-        self._clock = Clock(rhythm, check, self._before_call, self._after_call)
+        self._clock = self.clock_type(rhythm, check, self._before_call, self._after_call)
         self._units = [layout.modules(each) for each in self._denoisers]
         runs = gates.T.tolist()
         kinds = (np.full(gates.shape, str(order)) if forecasts is None else forecasts).T.tolist()
@@ -114,7 +142,9 @@ class Skipping:
         residual = reuse == "residual"
         for stage, each in enumerate(self._denoisers):
             for i, (module, unit) in enumerate(zip(self._units[stage], layout.units, strict=True)):
-                _register(module, UnitHook(self._clock, unit, runs[i], kept[i], residual, kinds[i]), _UNIT)
+                hook = self.hook_type(self._clock, unit, runs[i], kept[i], residual, kinds[i])
+                if module is each or not put_around(module, hook):
+                    _register(module, hook, _UNIT)
             # Last, so that it is the outermost where the denoiser itself is the unit.
             _register(each, self._clock.hook(stage), _CLOCK)
 
@@ -132,7 +162,7 @@ class Skipping:
                 )
 
     def _after_call(self, generation: Generation) -> None:
-        if generation.kept.pop(_MET, 0) != len(self._units[0]):
+        if generation.kept.pop(MET, 0) != len(self._units[0]):
             raise SdfpError(
                 WHERE,
                 "its hooks on units were taken off by something else",
@@ -143,6 +173,8 @@ class Skipping:
         """Takes the hooks off; a second time does nothing."""
         self._clock.removed = True
         for denoiser, units in zip(self._denoisers, self._units, strict=True):
+            for unit in units:
+                take_off(unit, UnitHook)
             for module, name in ((denoiser, _CLOCK), *((unit, _UNIT) for unit in units)):
                 with _beneath_offloading(module):
                     HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
@@ -191,7 +223,6 @@ def apply_dipgo(pipe: Any, plan: DipgoPlan | str | Path) -> Skipping:
     """
     if not isinstance(plan, DipgoPlan):
         plan = load_plan(plan)
-    scheduler = plan.scheduler
     where = f"DiP-GO plan for {plan.pipeline}"
     found = denoisers_of(pipe)
     names = plan.rhythm.denoisers or tuple(found)[:1]
@@ -200,34 +231,42 @@ def apply_dipgo(pipe: Any, plan: DipgoPlan | str | Path) -> Skipping:
     if missing := [name for name in names if name not in found]:
         raise PlanError(where, f"is for pipe.{missing[0]}, which this pipeline does not have", _SEARCH)
     for name in names:
-        if getattr(getattr(getattr(pipe, name), "dynamo_ctx", None), "fullgraph", False):
+        if is_one_graph(getattr(pipe, name)):
             raise SdfpError(
                 where,
                 f"decides between blocks, and pipe.{name} is compiled as one graph",
-                f"Compile it without fullgraph=True: pipe.{name} = torch.compile(pipe.{name}).",
+                f"Compile it without fullgraph=True, or its blocks: pipe.{name}.compile_repeated_blocks(fullgraph=True).",
             )
     denoisers = [found[name] for name in names]
-    layout = _layout(plan, denoisers, where)
+    return put_on(pipe, plan, denoisers, units_for(plan, denoisers, where), Skipping)
+
+
+def put_on(pipe: Any, plan: DipgoPlan, denoisers: Sequence[nn.Module], layout: Layout, kind: type[S]) -> S:
+    """Puts a plan that was found to fit on the denoisers of `pipe`, whose scheduler every generation is held against."""
+    scheduler = plan.scheduler
 
     def check(running: Any) -> None:
         # Another pipeline may be built around the same denoiser, with a scheduler of its own.
         if differences := scheduler.differences(scheduler_fingerprint((running or pipe).scheduler)):
             raise SdfpError(
-                where,
+                f"DiP-GO plan for {plan.pipeline}",
                 "does not fit this generation: " + "; ".join(differences),
                 f"Use {scheduler.name} with num_inference_steps={scheduler.num_inference_steps}, "
                 "or search a plan for these settings.",
             )
 
-    return Skipping(
+    return kind(
         denoisers, layout, plan.gates, plan.reuse, plan.order, plan.rhythm, check, plan.forecast_kinds
     )
 
 
-def _layout(plan: DipgoPlan, denoisers: Sequence[nn.Module], where: str) -> Layout:
+def units_for(plan: DipgoPlan, denoisers: Sequence[nn.Module], where: str) -> Layout:
     """The plan's units, held against every denoiser they are for.
 
     A plan that was made before units had streams gets those of the class.
+
+    Raises:
+        PlanError: If a denoiser has other units.
     """
     layout = Layout(tuple(plan.units))
     for denoiser in denoisers:

@@ -134,6 +134,8 @@ class Sampler:
         denoisers: The denoisers of its stages; most pipelines have one, which is `denoiser`.
         first_calls: Of every stage, the arguments of the denoiser calls of its first step, for one image.
         units: A description of the denoiser's blocks to use in place of what is known of its class.
+        memory: Bytes that a recording of generations may hold beside the model; None: as many as it takes.
+        at_once: The most images that generations without gradients make together; None: all that are asked for.
 
     Raises:
         SdfpError: If the pipeline cannot be called like this, or calls its denoiser in a way that cannot be planned.
@@ -144,6 +146,8 @@ class Sampler:
     ):
         self.pipe, self.conditions, self.steps, self.guidance_scale = pipe, conditions, steps, guidance_scale
         self.units: Layout | None = None
+        self.memory: int | None = None
+        self.at_once: int | None = None
         self._given = arguments
         self._further: tuple[Any, ...] = ()  # what the decoder is told beside the latents
         self._blocks: Layout | None = None
@@ -178,7 +182,16 @@ class Sampler:
 
     def with_steps(self, steps: int) -> Sampler:
         """The same with another number of steps."""
-        return Sampler(self.pipe, self.conditions, steps, self.guidance_scale, **self._given)
+        other = Sampler(self.pipe, self.conditions, steps, self.guidance_scale, **self._given)
+        other.memory, other.at_once = self.memory, self.at_once
+        return other
+
+    def weights(self) -> Iterator[Tensor]:
+        """The parameters and buffers of all of the pipeline's models."""
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                yield from component.parameters()
+                yield from component.buffers()
 
     def layout(self, granularity: Granularity) -> Layout:
         """The units of its denoisers.
@@ -209,6 +222,8 @@ class Sampler:
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Final latents (images, channels, height, width), as the decoder would get them; of videos with frames among them."""
+        if parts := self._parts(len(seeds)):
+            return torch.cat([self.latents(seeds[part]) for part in parts])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with _stop_at_decoder(self.pipe), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds[0])  # schedulers that add noise without being given a generator
@@ -227,12 +242,20 @@ class Sampler:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (images, channels, height, width), or videos (videos, channels, frames, height, width), about [-1, 1]."""
+        if parts := self._parts(len(latents)):
+            return torch.cat([self.decode(latents[part]) for part in parts])
         # Some decoders are told a timestep (LTX-Video), the same for every row.
         further = [
             x[:1].expand(len(latents), *x.shape[1:]) if isinstance(x, Tensor) and x.dim() else x
             for x in self._further
         ]
         return self.pipe.vae.decode(latents, *further, return_dict=False)[0]
+
+    def _parts(self, images: int) -> list[slice]:
+        """What to make one after the other, where all of it together is too much."""
+        if self.at_once is None or images <= self.at_once or torch.is_grad_enabled():
+            return []
+        return [slice(i, i + self.at_once) for i in range(0, images, self.at_once)]
 
     def first_call(self) -> Call:
         """Arguments of the denoiser's first call for one image, for counting MACs."""

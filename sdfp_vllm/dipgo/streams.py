@@ -33,7 +33,7 @@ def argument(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) 
     if name in kwargs:
         return kwargs[name]
     kind = type(unwrapped(module))
-    place = _place(
+    place = place_of(
         kind.forward, name
     )  # of the class: on the module itself, hooks have taken the place of forward
     if place is None or place >= len(args):
@@ -46,7 +46,8 @@ def argument(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) 
 
 
 @lru_cache(maxsize=256)
-def _place(forward: Callable[..., Any], name: str) -> int | None:
+def place_of(forward: Callable[..., Any], name: str) -> int | None:
+    """Where a method's parameter `name` is among its positional ones, `self` not counted; None if it has none of that name."""
     parameters = list(inspect.signature(forward).parameters)[1:]
     return parameters.index(name) if name in parameters else None
 

@@ -13,24 +13,20 @@ included, in microseconds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor
 
-from sdfp_vllm.dipgo.clock import Clock
-from sdfp_vllm.dipgo.forecast import KINDS, Forecasts
-from sdfp_vllm.dipgo.history import History
-from sdfp_vllm.dipgo.layout import Gates, Layout, Unit
+from sdfp_vllm.dipgo.forecast import Forecasts
+from sdfp_vllm.dipgo.layout import Gates, Layout
 from sdfp_vllm.dipgo.prediction import CAUTION, Surrogate
+from sdfp_vllm.dipgo.room import room_for
 from sdfp_vllm.dipgo.sampling import Sampler
-from sdfp_vllm.dipgo.streams import added, entering, passed
+from sdfp_vllm.dipgo.spill import Spill
+from sdfp_vllm.dipgo.trace import Trace
 
-_HOOK = "sdfp_dipgo_trace"
 _BEYOND = 0.1  # of an error beyond the range of images
 
 
@@ -49,11 +45,13 @@ def record(
 ) -> Surrogate:
     """Runs one generation with `gates` (default: the full run) and `projections` backward passes.
 
-    Memory: the activations of all units in all calls, for `at_once` images (default: all), and the decoder's.
+    Memory: within `sampler.memory`, the activations of one denoiser call or the decoder and the units' values of all calls. As
+    many images run together as that is enough for; what is beyond it for a single one lies in files meanwhile.
 
     Args:
         order: Of the forecasts of closed gates, where `kinds` does not say it for each.
         full: What is `seen` of the full run on `seeds`; needed with `gates`.
+        at_once: Images that have a draw of projections together, and run together if memory allows (default: all).
         cautious: Predict for a search: with `CAUTION`, and with a weight for every image by `_weights`.
     """
     around = np.ones((sampler.calls, len(layout.units)), dtype=bool)
@@ -62,21 +60,34 @@ def record(
     if kinds is None:
         kinds = np.full(around.shape, str(order))
     at_once = at_once or len(seeds)
-    recorded = []
+    together, spare = room_for(sampler, layout, reuse == "residual", projections, min(at_once, len(seeds)))
+    tables: list[NDArray] = []
+    offsets: list[NDArray] = []
     for first in range(0, len(seeds), at_once):
-        some = slice(first, first + at_once)
-        with _Trace(sampler, layout, around, reuse == "residual", kinds) as trace:
-            recorded += _projected(trace, seeds[some], projections, None if full is None else full[some])
-    table = np.concatenate([table for table, _ in recorded]).astype(np.float64)
+        batch = seeds[first : first + at_once]
+        errors = None if full is None else full[first : first + at_once]
+        parts = []
+        for begin in range(0, len(batch), together):
+            some = slice(begin, begin + together)
+            with (
+                Spill(sampler.memory, sampler.weights()) as spill,
+                Trace(sampler, layout, around, reuse == "residual", kinds, spill, spare) as trace,
+            ):
+                parts.append(_projected(trace, spill, batch, some, projections, errors))
+        for table, offset in zip(
+            *(zip(*each, strict=True) for each in zip(*parts, strict=True)), strict=True
+        ):
+            tables.append(np.concatenate(table))
+            offsets.append(np.concatenate(offset))
     return Surrogate(
-        table,
+        np.concatenate(tables).astype(np.float64),
         layout,
         reuse,
         order,
         around,
-        np.concatenate([offset for _, offset in recorded]).astype(np.float64),
+        np.concatenate(offsets).astype(np.float64),
         sampler.rhythm.stages,
-        weights=_weights([t for t, _ in recorded], projections) if cautious else None,
+        weights=_weights(tables, projections) if cautious else None,
         caution=CAUTION if cautious else 0.0,
         kinds=kinds,
     )
@@ -93,23 +104,37 @@ def seen(sampler: Sampler, latents: Tensor) -> Tensor:
 
 
 def _projected(
-    trace: _Trace, seeds: Sequence[int], projections: int, full: Tensor | None
-) -> list[tuple[NDArray, NDArray]]:
-    """Of each projection the table (images, units, steps, steps), and the error of what is seen (images,)."""
+    trace: Trace, spill: Spill, batch: Sequence[int], some: slice, projections: int, full: Tensor | None
+) -> tuple[NDArray, NDArray]:
+    """Of `some` of a batch's images the tables (projections, images, units, steps, steps), and the errors of what is seen.
+
+    Which projections an image has follows from the batch and its place in it, not from how many images run together.
+    """
     sampler = trace.sampler
-    images = seen(sampler, sampler.latents(seeds))
-    error = torch.zeros_like(images) if full is None else (images - full).detach()
-    draw = torch.Generator().manual_seed(seeds[0])
-    flat_taps = [leaf for row in trace.taps for unit in row for leaf in unit]
-    found = []
-    for k in range(projections):
-        v = torch.randn(images.shape, generator=draw)
-        adjoints = torch.autograd.grad(
-            (images * v).sum(), flat_taps, retain_graph=k + 1 < projections, allow_unused=True
-        )
-        offset = (error * v).flatten(1).sum(1).numpy()
-        found.append((_products(trace, iter(adjoints), len(seeds)), offset))
-    return found
+    latents = trace.latents(batch[some])
+    adjoints: list[list[Tensor]] = [[] for _ in range(projections)]
+    offsets = np.zeros((projections, len(latents)), dtype=np.float32)
+    directions: list[Tensor] = []
+    for i in range(len(latents)):  # one by one: a decoder takes more memory than a denoiser
+        entered = latents[i : i + 1].detach().requires_grad_()
+        with spill.saving():
+            image = seen(sampler, entered)
+        directions = directions or _directions(batch, some, image, projections)
+        error = None if full is None else (image - full[some][i : i + 1]).detach()
+        for k, direction in enumerate(directions):
+            v = direction[i : i + 1]
+            adjoints[k] += torch.autograd.grad((image * v).sum(), entered, retain_graph=k + 1 < projections)
+            if error is not None:
+                offsets[k, i] = (error * v).sum().item()
+        del image
+    return trace.products(latents, [torch.cat(rows) for rows in adjoints]), offsets
+
+
+def _directions(batch: Sequence[int], some: slice, image: Tensor, projections: int) -> list[Tensor]:
+    """What `some` of the batch's images are projected on: as drawn for the whole batch."""
+    draw = torch.Generator().manual_seed(batch[0])
+    shape = len(batch), *image.shape[1:]
+    return [torch.randn(shape, generator=draw)[some].clone().to(image.device) for _ in range(projections)]
 
 
 def _weights(tables: Sequence[NDArray], projections: int) -> NDArray:
@@ -126,88 +151,3 @@ def _weights(tables: Sequence[NDArray], projections: int) -> NDArray:
     error = np.concatenate(errors)
     largest = error.max()
     return 1 / np.maximum(error, 1e-3 * largest) if largest > 0 else np.ones_like(error)
-
-
-def _products(trace: _Trace, adjoints: Any, images: int) -> NDArray:
-    """(images, units, steps, steps): inner products of each step's adjoint with each step's computed value.
-
-    A unit's value is all that it gives in all the calls of a step, so that is what the products are summed over.
-    """
-    calls, units = len(trace.values), len(trace.values[0])
-    grads = [[[next(adjoints) for _ in unit] for unit in row] for row in trace.taps]
-    out = np.zeros((images, units, calls, calls), dtype=np.float32)
-    for i in range(units):
-        for leaf in range(len(trace.values[0][i])):
-            values = torch.stack([row[i][leaf] for row in trace.values])
-            u = torch.stack(
-                [torch.zeros_like(values[0]) if g[i][leaf] is None else g[i][leaf] for g in grads]
-            )
-            # Rows r and r + images are the two halves of guidance for image r.
-            values, u = (x.reshape(calls, -1, images, x[0, 0].numel()) for x in (values, u))
-            out[:, i] += torch.einsum("tgbd,agbd->bta", u, values).numpy()
-    return out
-
-
-class _Trace:
-    """Hooks that run every unit, note what it computes, and put a differentiable zero on what is passed on."""
-
-    def __init__(self, sampler: Sampler, layout: Layout, gates: Gates, residual: bool, kinds: Forecasts):
-        self.sampler, self._layout = sampler, layout
-        self._gates, self._residual, self._kinds = gates, residual, kinds
-        calls, units = gates.shape
-        self.values: list[list[list[Tensor]]] = [[[] for _ in range(units)] for _ in range(calls)]
-        self.taps: list[list[list[Tensor]]] = [[[] for _ in range(units)] for _ in range(calls)]
-
-    def __enter__(self) -> _Trace:
-        self.clock = Clock(self.sampler.rhythm)
-        for stage, denoiser in enumerate(self.sampler.denoisers):
-            for i, (unit, module) in enumerate(
-                zip(self._layout.units, self._layout.modules(denoiser), strict=True)
-            ):
-                runs, kinds = self._gates[:, i].tolist(), self._kinds[:, i].tolist()
-                tap = _Tap(self, i, unit, runs, kinds, self._residual)
-                HookRegistry.check_if_exists_or_initialize(module).register_hook(tap, _HOOK)
-            registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-            registry.register_hook(self.clock.hook(stage), _HOOK + "_clock")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for denoiser in self.sampler.denoisers:
-            registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-            registry.remove_hook(_HOOK + "_clock", recurse=False)
-            for module in self._layout.modules(denoiser):
-                HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
-
-
-class _Tap(ModelHook):
-    def __init__(
-        self, trace: _Trace, index: int, unit: Unit, runs: list[bool], kinds: list[str], residual: bool
-    ):
-        super().__init__()
-        self._trace, self._index, self._unit, self._runs, self._residual = trace, index, unit, runs, residual
-        self._kinds = kinds
-        self._histories: dict[int, History] = {}
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        step, branch = self._trace.clock.step, self._trace.clock.now.branch
-        history = self._histories.setdefault(branch, History(max(KINDS.values())))
-        # Of the input as it is now: the unit may write into it.
-        streams = [x.clone() for x in entering(self._unit, module, args, kwargs)] if self._residual else []
-        output = self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
-        leaves, spec = tree_flatten(added(self._unit, streams, output) if self._residual else output)
-        # Beside tensors a block may give None, for a stream that nothing reads any more.
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        computed = [leaves[i].detach() for i in places]
-        given = [leaves[i] for i in places]
-        if self._runs[step]:
-            history.store(step, computed)
-        else:
-            # Detached: what a later reuse of the same value does is an error of that later call.
-            given = history.recall(step, self._kinds[step])
-        taps = [torch.zeros_like(leaf).requires_grad_() for leaf in given]
-        self._trace.values[step][self._index] += computed
-        self._trace.taps[step][self._index] += taps
-        for i, leaf, tap in zip(places, given, taps, strict=True):
-            leaves[i] = leaf + tap
-        value = tree_unflatten(leaves, spec)
-        return passed(self._unit, streams, value) if self._residual else value

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sdfp_vllm.errors import SdfpError
+from sdfp_vllm.common.amount import bytes_of
 from sdfp_vllm.plan.keep import KeepSet
 from sdfp_vllm.plan.view import DraftView, Precision
-
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B|B)?", re.IGNORECASE)
-_UNIT = {
-    "B": 1,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
 
 
 @dataclass(frozen=True)
@@ -65,12 +51,4 @@ def parse_memory(asked: str | None, model_bytes: int) -> int | None:
     Raises:
         SdfpError: For anything else.
     """
-    if asked is None:
-        return None
-    found = _AMOUNT.fullmatch(asked.strip())
-    if not found or (found[2] is None and float(found[1])):
-        raise SdfpError(
-            "--extra-memory", f"{asked!r} is no amount of memory", "Give one such as 500MB, 2GiB, 30% or 0."
-        )
-    number, unit = float(found[1]), (found[2] or "B").upper()
-    return int(model_bytes * number / 100 if unit == "%" else number * _UNIT[unit])
+    return None if asked is None else bytes_of("--extra-memory", asked, model_bytes)

@@ -16,3 +16,9 @@ sys.path.append(str(_folder))  # cache_dit
 _package = types.ModuleType("vllm_omni")
 _package.__path__ = [str(_folder / "vllm_omni")]
 sys.modules["vllm_omni"] = _package
+
+# These import their whole pipelines. Modules inside them are loaded by name.
+for _name in ("qwen_image", "flux", "sd3"):
+    _package = types.ModuleType(f"vllm_omni.diffusion.models.{_name}")
+    _package.__path__ = [str(_folder / "vllm_omni" / "diffusion" / "models" / _name)]
+    sys.modules[_package.__name__] = _package

@@ -1,4 +1,4 @@
-"""The cache backend itself: puts a plan on the diffusers pipeline inside vLLM-Omni's diffusers adapter."""
+"""The cache backend itself: puts a plan on vLLM-Omni's pipeline, or on the diffusers pipeline inside its adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 
+from sdfp_vllm.dipgo.omni.native import put_on_native, watch_steps
 from sdfp_vllm.dipgo.plan import load_plan
+from sdfp_vllm.dipgo.rows import RowSkipping
 from sdfp_vllm.dipgo.runtime import Skipping, apply_dipgo
 from sdfp_vllm.errors import SdfpError
 
@@ -22,9 +24,8 @@ logger = logging.getLogger(__name__)
 class DipgoBackend(CacheBackend):
     """A DiP-GO plan for every generation of a pipeline.
 
-    Works where vLLM-Omni runs a diffusers pipeline (`diffusion_load_format="diffusers"`), for which plans
-    are made. Its own pipelines are refused: their transformers are other modules with other units, and they call
-    them once for each branch of guidance.
+    Where vLLM-Omni runs a diffusers pipeline (`diffusion_load_format="diffusers"`) the plan goes on that, as without a
+    server. Its own pipelines take the plan too where their denoiser is of a class that was tried (`native.TRIED`).
 
     Raises:
         SdfpError: If `config` names no plan, or the plan cannot be read.
@@ -56,10 +57,14 @@ class DipgoBackend(CacheBackend):
         """Puts the plan on `pipeline`, whose weights are loaded.
 
         Raises:
-            SdfpError: If this is one of vLLM-Omni's own pipelines, or the plan is for another model.
+            SdfpError: If its denoiser is of a class that plans were not tried on, or the plan is for another model.
         """
-        self._skipping = apply_dipgo(_diffusers_pipeline(pipeline), self.plan)
+        self._skipping = self._applied(pipeline)
         self.enabled, self._begun = True, False
+        if isinstance(self._skipping, RowSkipping) and getattr(pipeline.od_config, "step_execution", False):
+            watch_steps(pipeline, self._skipping, self._runs_in_full)
+            # In step mode the runner refuses whatever this setting names. The pipeline has the plan now.
+            pipeline.od_config.cache_backend = None
         logger.info(
             "DiP-GO plan for %s: %.1f %% of the compute", self.plan.pipeline, 100 * self.plan.compute_share
         )
@@ -72,30 +77,30 @@ class DipgoBackend(CacheBackend):
         Raises:
             SdfpError: If the plan is for another number of steps.
         """
-        steps = self.plan.scheduler.num_inference_steps
-        first, self._begun = not self._begun, True
-        if num_inference_steps == steps:
-            if self._skipping is None:
-                self._skipping = apply_dipgo(_diffusers_pipeline(pipeline), self.plan)
-        elif first and num_inference_steps == WARM_UP_STEPS:
-            assert self._skipping is not None, "vLLM-Omni refreshes a backend that it enabled"
+        in_full = self._runs_in_full(num_inference_steps)
+        if in_full and self._skipping is not None:
             self._skipping.remove()
             self._skipping = None
-        else:
-            raise SdfpError(
-                f"DiP-GO plan for {self.plan.pipeline}",
-                f"is for {steps} steps, and this request asks for {num_inference_steps}",
-                f"Ask for num_inference_steps={steps}, or start the server with a plan for "
-                f"{num_inference_steps} (`sdfp dipgo search --steps {num_inference_steps}`).",
-            )
+        elif not in_full and self._skipping is None:
+            self._skipping = self._applied(pipeline)
 
-
-def _diffusers_pipeline(pipeline: Any) -> DiffusionPipeline:
-    inner = getattr(pipeline, "_pipeline", None)  # of DiffusersAdapterPipeline
-    if not isinstance(inner, DiffusionPipeline):
+    def _runs_in_full(self, steps: int) -> bool:
+        """Whether a request for so many steps is the server's warm-up; refuses one that the plan is not for."""
+        first, self._begun = not self._begun, True
+        planned = self.plan.scheduler.num_inference_steps
+        if steps == planned:
+            return False
+        if first and steps == WARM_UP_STEPS:
+            return True
         raise SdfpError(
-            'cache_backend="dipgo"',
-            f"{type(pipeline).__name__} is one of vLLM-Omni's own pipelines, and plans are for diffusers' models",
-            'Load the model with diffusion_load_format="diffusers", or choose another cache_backend.',
+            f"DiP-GO plan for {self.plan.pipeline}",
+            f"is for {planned} steps, and this request asks for {steps}",
+            f"Ask for num_inference_steps={planned}, or start the server with a plan for "
+            f"{steps} (`sdfp dipgo search --steps {steps}`).",
         )
-    return inner
+
+    def _applied(self, pipeline: Any) -> Skipping:
+        inner = getattr(pipeline, "_pipeline", None)  # of DiffusersAdapterPipeline
+        if isinstance(inner, DiffusionPipeline):
+            return apply_dipgo(inner, self.plan)
+        return put_on_native(pipeline, self.plan)

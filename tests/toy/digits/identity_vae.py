@@ -15,7 +15,12 @@ class IdentityVae(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffuser
     """Latents are pixels: `decode` returns its input, (batch, channels, height, width), values in [-1, 1]."""
 
     @register_to_config
-    def __init__(self, scaling_factor: float = 1.0, block_out_channels: tuple[int, ...] = (1,)):
+    def __init__(
+        self,
+        scaling_factor: float = 1.0,
+        block_out_channels: tuple[int, ...] = (1,),
+        shift_factor: float = 0.0,
+    ):
         super().__init__()
         # diffusers saves no file for a model without weights, and loads none without a file.
         self.register_buffer("nothing", torch.zeros(1))

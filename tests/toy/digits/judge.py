@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.toy.digits.data import digits
+from tests.toy.digits.data import cut, digits
 
 
 class Judge:
@@ -23,11 +23,11 @@ class Judge:
         self._real = self._moments(pixels)
 
     def accuracy(self, images: Tensor, classes: list[int]) -> float:
-        """Share of images (n, 1, 8, 8) that are taken for their class."""
+        """Share of digits that are taken for their class, in images (n, 1, 8, 8), or in pictures of several, row by row."""
         return float((self._net.predict(_pixels(images)) == np.array(classes)).mean())
 
     def fid(self, images: Tensor) -> float:
-        """Frechet distance between the classifier's last hidden features of `images` and of all real digits.
+        """Frechet distance between the classifier's last hidden features of the digits in `images` and of all real ones.
 
         |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) with mean m and covariance C (arXiv 1706.08500).
         Not comparable with FIDs on Inception features.
@@ -54,4 +54,4 @@ def judge() -> Judge:
 
 
 def _pixels(images: Tensor) -> NDArray:
-    return images.clamp(-1, 1).flatten(1).numpy()
+    return cut(images).clamp(-1, 1).flatten(1).numpy()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tests.toy.digits.identity_vae  # noqa: F401
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 
-Name = Literal["dit", "unet"]
+Name = Literal["dit", "unet", "flow"]
 
 
 def digits_folder(name: Name) -> Path:
@@ -17,5 +17,5 @@ def digits_folder(name: Name) -> Path:
 
 
 def digits_pipeline(name: Name) -> Any:
-    """A DiTPipeline ("dit") or a StableDiffusionPipeline ("unet") of 8 x 8 digits, in float32."""
+    """A DiTPipeline ("dit") or StableDiffusionPipeline ("unet") of digits, or a StableDiffusion3Pipeline ("flow") of pictures of four, in float32."""
     return load_pipeline(digits_folder(name))

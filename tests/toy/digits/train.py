@@ -1,12 +1,14 @@
 """Trains the digits diffusion models that the pruner is tried on, and saves them as diffusers pipelines.
 
-    python tests/toy/digits/train.py dit  --cpu-seconds 400 --out tests/toy/digits/dit
-    python tests/toy/digits/train.py unet --cpu-seconds 300 --out tests/toy/digits/unet
+    python -m tests.toy.digits.train dit  --cpu-seconds 400 --out tests/toy/digits/dit
+    python -m tests.toy.digits.train unet --cpu-seconds 300 --out tests/toy/digits/unet
+    python -m tests.toy.digits.train flow --cpu-seconds 400 --batch 64 --lr 2e-3 --out tests/toy/digits/flow
 
 `dit` is a class-conditional DiT (8 blocks, width 128, patch 2) in a DiTPipeline. `unet` is a
 UNet2DConditionModel in a StableDiffusionPipeline; its condition is a one-hot "token", kept beside it
-in conditions.safetensors. Both predict noise, learn the null class by dropping 10 % of the labels,
-and are saved as float16 copies of an exponential moving average of the weights.
+in conditions.safetensors. Both predict noise. `flow` is a two-stream transformer from texts to pictures
+of four digits (`flow.py`). All learn the null class by dropping 10 % of the labels, and are saved as
+float16 copies of an exponential moving average of the weights.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.toy.digits.data import CLASSES, digits
+from tests.toy.digits.flow import flow_loss, save_flow
+from tests.toy.digits.flow import model as flow
 from tests.toy.digits.identity_vae import IdentityVae
 
 NULL_CLASS = 1000  # DiTPipeline's constant
@@ -38,8 +43,10 @@ CONDITION_WIDTH = 16
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 EMA_DECAY = 0.998
 
+Predict = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
-def dit() -> tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]]:
+
+def dit() -> tuple[nn.Module, Predict]:
     model = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -61,7 +68,7 @@ def dit() -> tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor, Tensor], Tens
     return model, lambda m, x, t, c: m(x, timestep=t, class_labels=labels[c]).sample
 
 
-def unet() -> tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]]:
+def unet() -> tuple[nn.Module, Predict]:
     model = UNet2DConditionModel(
         sample_size=8,
         in_channels=1,
@@ -83,8 +90,23 @@ def conditions() -> Tensor:
     return torch.eye(CLASSES + 1, CONDITION_WIDTH)[:, None]
 
 
+def noise_loss(
+    model: nn.Module, predict: Predict, scheduler: DDIMScheduler, images: Tensor, classes: Tensor, batch: int
+) -> Tensor:
+    """Squared error of the noise predicted, at a step drawn evenly; a tenth of the labels is dropped."""
+    rows = torch.randint(len(images), (batch,))
+    x, c = images[rows], classes[rows].clone()
+    c[torch.rand(batch) < 0.1] = CLASSES
+    t = torch.randint(scheduler.config.num_train_timesteps, (batch,))
+    noise = torch.randn_like(x)
+    return nn.functional.mse_loss(predict(model, scheduler.add_noise(x, noise, t), t, c), noise)
+
+
 def save(name: str, model: nn.Module, scheduler: DDIMScheduler, out: Path) -> None:
     model = copy.deepcopy(model).half()
+    if name == "flow":
+        save_flow(model, out)
+        return
     if name == "dit":
         DiTPipeline(transformer=model, vae=IdentityVae().half(), scheduler=scheduler).save_pretrained(out)
         index = json.loads((out / "model_index.json").read_text())
@@ -112,7 +134,7 @@ def save(name: str, model: nn.Module, scheduler: DDIMScheduler, out: Path) -> No
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["dit", "unet"])
+    p.add_argument("what", choices=["dit", "unet", "flow"])
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--cpu-seconds", type=float, default=400)
     p.add_argument("--batch", type=int, default=128)
@@ -121,21 +143,21 @@ def main() -> None:
     a = p.parse_args()
     torch.manual_seed(a.seed)
     images, classes = digits()
-    model, predict = dit() if a.what == "dit" else unet()
-    average = copy.deepcopy(model)
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing", steps_offset=1)
+    if a.what == "flow":
+        model: nn.Module = flow()
+        loss_of = partial(flow_loss, model)
+    else:
+        model, predict = dit() if a.what == "dit" else unet()
+        loss_of = partial(noise_loss, model, predict, scheduler)
+    average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=0.0)
     print(f"{sum(q.numel() for q in model.parameters()):,} parameters", flush=True)
     step, loss_ema, said = 0, float("nan"), time.process_time()
     while (spent := time.process_time()) < a.cpu_seconds:
         scale = min(1.0, (step + 1) / 100) * min(1.0, 2 * (1 - spent / a.cpu_seconds) + 0.01)
         optimizer.param_groups[0]["lr"] = a.lr * scale
-        rows = torch.randint(len(images), (a.batch,))
-        x, c = images[rows], classes[rows].clone()
-        c[torch.rand(a.batch) < 0.1] = CLASSES
-        t = torch.randint(scheduler.config.num_train_timesteps, (a.batch,))
-        noise = torch.randn_like(x)
-        loss = nn.functional.mse_loss(predict(model, scheduler.add_noise(x, noise, t), t, c), noise)
+        loss = loss_of(images, classes, a.batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

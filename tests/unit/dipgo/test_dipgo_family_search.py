@@ -116,3 +116,21 @@ def test_bad_flags_are_refused(flag, reason, tmp_path):
     sets = save("flux", tmp_path)
     result = search(tmp_path, *sets, flag)
     assert result.exit_code == 2 and reason in result.output
+
+
+def test_several_budgets_give_a_plan_each_from_one_search(tmp_path):
+    tiny_sampler("dit").pipe.save_pretrained(tmp_path)
+    flags = ["dipgo", "search", str(tmp_path), "--steps", "8", "--guidance-scale", "3", "--images", "1", "--rounds", "0"]  # fmt: skip
+    flags += ["--projections", "1", "--test-images", "2", "--keep", "--budget", "0.5", "--budget", "0.75"]
+    result = CliRunner().invoke(app, [*flags, "-o", str(tmp_path / "plans")])
+    assert result.exit_code == 0, result.output
+    plans = {b: load_plan(tmp_path / "plans" / b) for b in ("0.75", "0.5")}
+    for budget, plan in plans.items():
+        assert plan.made.budget == float(budget) and plan.compute_share <= float(budget)
+    assert plans["0.75"].native.steps == 6 and plans["0.5"].native.steps == 4
+    assert plans["0.75"].compute_share > 0.5
+
+    one_file = CliRunner().invoke(app, [*flags, "-o", str(tmp_path / "plan.json")])
+    assert one_file.exit_code == 2 and "Give a folder" in one_file.stderr
+    learned = CliRunner().invoke(app, [*flags, "--method", "learned", "-o", str(tmp_path / "plans")])
+    assert learned.exit_code == 2 and "sdfp dipgo budget" in learned.stderr

@@ -141,13 +141,12 @@ def test_forecasts_are_taken_only_if_they_are_surely_better():
 def test_a_plans_quality_is_that_of_its_forecasts(tmp_path, monkeypatch):
     folder = tmp_path / "dit"
     tiny_sampler("dit").pipe.save_pretrained(folder)
-    found = job.find
+    found = job.find_each
 
     def foretold(*arguments):
-        each = found(*arguments)
-        return replace(each, forecasts=np.full(each.gates.shape, "H"))
+        return [replace(each, forecasts=np.full(each.gates.shape, "H")) for each in found(*arguments)]
 
-    monkeypatch.setattr(job, "find", foretold)
+    monkeypatch.setattr(job, "find_each", foretold)
     options = SearchOptions(
         steps=6, budget=0.6, granularity="block", images=1, projections=1, rounds=0, test_images=2
     )
