@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.planner.calibration import is_chat_source, load_calibration
 from sdfp_vllm.planner.chats import has_chat_template, rendered
 from sdfp_vllm.planner.options import PlanOptions
@@ -29,10 +31,12 @@ class LongText:
         """A chat whose one message is the document, then the task.
 
         Raises:
-            SdfpError: If the template refuses the chat.
+            SdfpError: If the template refuses the chat, or hides the message.
         """
         message = {"role": "user", "content": f"{_MARK}\n\n{task}"}
-        before, _, behind = rendered(tokenizer, [message], "chat template").partition(_MARK)
+        before, shown, behind = rendered(tokenizer, [message], "chat template").partition(_MARK)
+        if not shown:
+            raise SdfpError("chat template", "leaves out what a user says", "Mend the template.")
         encoded = (tuple(tokenizer.encode(part, add_special_tokens=False)) for part in (before, behind))
         return cls(document, *encoded)
 
@@ -47,24 +51,33 @@ def long_texts(
 ) -> list[LongText]:
     """Texts to try windows on, as long as the model and `contexts` go: continued, and every second one summarised if the model chats.
 
-    None for a model of shorter contexts only.
-
-    Raises:
-        SdfpError: If there is not enough text.
+    None for a model of shorter contexts only. Nobody asked for these: where `--calibration` is too short for them the built-in sample stands
+    in, where the chat template makes no summary of them they are continued.
     """
     lengths = [c for c in contexts if c <= positions(model_dir)]
     if not lengths:
         return []
     given = options.calibration
-    source = None if given is None or is_chat_source(given) else given
-    documents = load_calibration(
-        source, tokenizer, sequences=count, length=lengths[-1], seed=options.seed + 2, field=options.field
-    ).ids.tolist()
-    chats = has_chat_template(tokenizer)
-    return [
-        LongText.asking(tokenizer, ids, _SUMMARY) if chats and i % 2 else LongText(ids)
-        for i, ids in enumerate(documents)
-    ]
+    own = [] if given is None or is_chat_source(given) else [given]
+    for source in [*own, None]:
+        with contextlib.suppress(SdfpError):
+            documents = load_calibration(
+                source,
+                tokenizer,
+                sequences=count,
+                length=lengths[-1],
+                seed=options.seed + 2,
+                field=options.field,
+            ).ids.tolist()
+            return [_asked(tokenizer, ids, bool(i % 2)) for i, ids in enumerate(documents)]
+    return []
+
+
+def _asked(tokenizer: Any, document: list[int], summarised: bool) -> LongText:
+    if summarised and has_chat_template(tokenizer):
+        with contextlib.suppress(SdfpError):
+            return LongText.asking(tokenizer, document, _SUMMARY)
+    return LongText(document)
 
 
 def positions(model_dir: Path) -> int:

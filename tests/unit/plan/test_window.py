@@ -108,23 +108,51 @@ def test_auto_asks_each_window_that_is_shorter_than_the_context_after_filling_th
     assert {(t.drafts, t.copies) for t in turns if t.max_tokens > 1} == {(3, False)}
 
 
+class Chats:
+    """A tokenizer of words, with a chat template."""
+
+    chat_template, bos_token_id, eos_token_id = "{{ messages }}", None, None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    def apply_chat_template(self, messages, **_):
+        return f"<user> {messages[0]['content']} <end>"
+
+    def encode(self, text, **_):
+        return text.split()
+
+
+def positions(folder, count=300):
+    (folder / "config.json").write_text(f'{{"max_position_embeddings": {count}}}')
+    return folder
+
+
 def test_every_second_text_is_summarised_by_a_model_that_chats(tmp_path):
-    class Chats:
-        chat_template, bos_token_id, eos_token_id = "{{ messages }}", None, None
-
-        def __call__(self, text, **_):
-            return {"input_ids": [len(word) for word in text.split()]}
-
-        def apply_chat_template(self, messages, **_):
-            return f"<user> {messages[0]['content']} <end>"
-
-        def encode(self, text, **_):
-            return text.split()
-
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": 300}')
-    made = long_texts(tmp_path, Chats(), PlanOptions(), 2, (100, 300, 900))
+    made = long_texts(positions(tmp_path), Chats(), PlanOptions(), 2, (100, 300, 900))
     plain, chat = made
     assert plain.before == plain.behind == () and len(plain.document) == len(chat.document) == 300
     assert chat.before == ("<user>",) and chat.behind[0] == "Summarise" and chat.behind[-1] == "<end>"
     assert len(chat.prompt(200, 10)) == len(plain.prompt(200, 10)) == 200 - 10 - 64
     assert long_texts(tmp_path, Chats(), PlanOptions(), 2, (900,)) == []
+
+
+def test_nothing_that_nobody_asked_for_refuses_a_plan(tmp_path):
+    """A short text to calibrate on, a template that refuses the chat or hides what is said."""
+
+    class Refuses(Chats):
+        def apply_chat_template(self, messages, **_):
+            raise ValueError("no users here")
+
+    class Hides(Chats):
+        def apply_chat_template(self, messages, **_):
+            return "<user> <end>"
+
+    short = tmp_path / "short.txt"
+    short.write_text("only a few words")
+    folder = positions(tmp_path)
+    built_in = long_texts(folder, Chats(), PlanOptions(), 2, (300,))
+    assert long_texts(folder, Chats(), PlanOptions(calibration=str(short)), 2, (300,)) == built_in
+    for tokenizer in (Refuses(), Hides()):
+        made = long_texts(folder, tokenizer, PlanOptions(), 2, (300,))
+        assert [t.before for t in made] == [(), ()] and made[1].document == built_in[1].document
