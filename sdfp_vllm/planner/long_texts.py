@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdfp_vllm.common.checkpoint import decoder_config
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.planner.calibration import is_chat_source, load_calibration
 from sdfp_vllm.planner.chats import has_chat_template, rendered
@@ -82,5 +82,4 @@ def _asked(tokenizer: Any, document: list[int], summarised: bool) -> LongText:
 
 def positions(model_dir: Path) -> int:
     """The longest context that the model is made for; 0 where its config does not say."""
-    config = json.loads((model_dir / "config.json").read_text())
-    return int((config.get("text_config") or config).get("max_position_embeddings") or 0)
+    return int(decoder_config(model_dir).get("max_position_embeddings") or 0)

@@ -7,7 +7,6 @@ take turns. It holds each text in its prefix cache, so that no window's time has
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from sdfp_vllm.common.checkpoint import decoder_config
 from sdfp_vllm.measure.spec import Turn, TurnMeasurement
 from sdfp_vllm.plan.schema import WindowTried
 from sdfp_vllm.plan.window import DraftWindow
@@ -89,8 +89,7 @@ def best_window(tried: Sequence[WindowTried]) -> DraftWindow | None:
 
 def kv_gigabytes(model_dir: Path, dtype: str, tokens: int) -> int:
     """Room for K/V of `tokens` tokens and for blocks to begin the next with."""
-    config = json.loads((model_dir / "config.json").read_text())
-    config = config.get("text_config") or config
+    config = decoder_config(model_dir)
     heads = config["num_attention_heads"]
     width = (config.get("num_key_value_heads") or heads) * (
         config.get("head_dim") or config["hidden_size"] // heads

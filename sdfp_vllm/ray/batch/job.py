@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sdfp_vllm.common.checkpoint import load_tokenizer, refuse_untrusted
+from sdfp_vllm.common.checkpoint import decoder_config, load_tokenizer, refuse_untrusted
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.errors import SdfpError
 from sdfp_vllm.plan.fingerprint import fingerprint, resolve_model_dir
@@ -136,6 +136,5 @@ def _failure(why: str) -> SdfpError:
 def _room(folder: Path, options: BatchOptions) -> int:
     """Tokens that the engine has room for, as far as that is known before it starts."""
     own = options.engine.get("max_model_len")
-    config = json.loads((folder / "config.json").read_text())
-    positions = (config.get("text_config") or config).get("max_position_embeddings") or 1 << 30
+    positions = decoder_config(folder).get("max_position_embeddings") or 1 << 30
     return int(options.max_model_len or (own if isinstance(own, int) and own > 0 else positions))
