@@ -7,9 +7,9 @@
 Every method gets at most the budget's share of the full run's MACs, give or take 0.5 % of them for
 what always runs. Searches see other seeds than
 the table does. `latency` is CPU time over the full run's, one thread, medians of runs that take
-turns; `search` is CPU seconds, for all budgets together but for greedy removal, which goes on from one to the next. The learned
-search is given far fewer iterations than the paper's thousand. FOLDER holds DeepCache and cache-dit (pip install --no-deps --target
-FOLDER DeepCache cache-dit); without it they are left out.
+turns; `search` is CPU seconds, for all budgets together but for greedy removal, which goes on from one to the next. The
+paper's learned search takes longer than all else together: `dipgo_learned.py` runs it, and `--learned` says what that wrote. FOLDER holds DeepCache and
+cache-dit (pip install --no-deps --target FOLDER DeepCache cache-dit); without it they are left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rivals import dpcache, packages
+from benchmarks.studies.dipgo_learned import LearnedRun, learned_task, load_run
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.common.results_file import save_results
@@ -41,7 +42,6 @@ from sdfp_vllm.dipgo.curve import find_curve
 from sdfp_vllm.dipgo.forecast import Forecasts
 from sdfp_vllm.dipgo.job import SearchOptions
 from sdfp_vllm.dipgo.layout import Gates
-from sdfp_vllm.dipgo.learn import LearnSettings, learn_scores
 from sdfp_vllm.dipgo.quality import psnr, ssim
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.task import Task, task_of
@@ -165,7 +165,7 @@ def cpu_seconds() -> Iterator[list[float]]:
     spent.append(time.process_time() - began)
 
 
-def add_methods(bench: Bench, iterations: int) -> None:
+def add_methods(bench: Bench) -> None:
     sampler = bench.sampler
     for budget in BUDGETS:
         fewer = Sampler(bench.pipe, bench.conditions, int(budget * sampler.calls), bench.guidance)
@@ -184,17 +184,14 @@ def add_methods(bench: Bench, iterations: int) -> None:
     for budget, gates in greedy_steps(bench.step_task, BUDGETS):
         bench.gates("greedy step removal", budget, bench.step_task, gates, time.process_time() - began)
 
-    task = task_of(sampler, "block", "output", 0, 1.0)
-    settings = LearnSettings(iterations=iterations, learning_rate=10.0 if bench.chain else 0.1, width=256)
-    with (
-        cpu_seconds() as spent,
-        stages(bench.console) as progress,
-        progress.step("DiP-GO", iterations) as advance,
-    ):
-        scores = learn_scores(sampler, task.layout, task.macs, "output", settings, advance=advance)
+
+def add_learned(bench: Bench, run: LearnedRun) -> None:
+    task = learned_task(bench.sampler)
     for budget in BUDGETS:
-        gates = gates_at_budget(scores, budget, task.layout, task.macs, "output")
-        bench.gates(f"DiP-GO as in the paper, {iterations} iterations", budget, task, gates, spent[0])
+        gates = gates_at_budget(run.scores, budget, task.layout, task.macs, "output")
+        bench.gates(
+            f"DiP-GO as in the paper, {run.iterations} iterations", budget, task, gates, run.cpu_seconds
+        )
 
 
 def add_dpcache(bench: Bench) -> None:
@@ -306,7 +303,7 @@ def main() -> None:
     p.add_argument("--guidance", type=float, default=GUIDANCE)
     p.add_argument("--images", type=int, default=64)
     p.add_argument("--repeats", type=int, default=2)
-    p.add_argument("--iterations", type=int, default=100, help="of the learned search")
+    p.add_argument("--learned", type=Path, help="what dipgo_learned.py wrote for this model")
     p.add_argument("--rounds", type=int, default=SearchOptions.rounds, help="of refinement")
     p.add_argument("--only-ours", action="store_true")
     p.add_argument("--rivals", type=Path, help="folder with DeepCache and cache-dit")
@@ -323,7 +320,9 @@ def main() -> None:
         )
     if not a.only_ours:
         add_dpcache(bench)
-        add_methods(bench, a.iterations)
+        add_methods(bench)
+        if a.learned:
+            add_learned(bench, load_run(a.learned, a.model))
     add_ours(bench, a.rounds)
     entries = measure(bench, a.repeats)
     title = f"Digits {a.model}: {STEPS} steps {type(bench.pipe.scheduler).__name__}, guidance {a.guidance:g}, {a.images} images"
