@@ -35,7 +35,10 @@ def search_command(
         str, typer.Option(help="fisher (recorded sensitivities, refined) or learned (the paper's pruner).")
     ] = "fisher",
     granularity: Annotated[
-        str | None, typer.Option(help="block or step (default: fisher tries both, learned takes block).")
+        str | None,
+        typer.Option(
+            help="branch (attention and MLP), block or step (default: fisher tries all, learned takes block)."
+        ),
     ] = None,
     reuse: Annotated[
         str | None, typer.Option(help="output, or residual: what a block adds (transformers only).")

@@ -10,23 +10,28 @@ from torch import Tensor
 
 from sdfp_vllm.common.progress import Stages
 from sdfp_vllm.dipgo.descent import MAX_SWAPS, evenly, greedy, path
+from sdfp_vllm.dipgo.families import has_branches
 from sdfp_vllm.dipgo.forecast import KINDS
 from sdfp_vllm.dipgo.layout import Granularity
 from sdfp_vllm.dipgo.options import SearchOptions
+from sdfp_vllm.dipgo.outputs import Norm, Outputs
 from sdfp_vllm.dipgo.prediction import Surrogate
 from sdfp_vllm.dipgo.refine import Reference, likeness, refine, slide, surest
 from sdfp_vllm.dipgo.room import limit
 from sdfp_vllm.dipgo.sampling import Sampler
-from sdfp_vllm.dipgo.schedule import scheduled
+from sdfp_vllm.dipgo.schedule import predicted, scheduled
 from sdfp_vllm.dipgo.surrogate import record
 from sdfp_vllm.dipgo.task import Found, Pattern, Task, task_of
 
 # Seeds of images: those recorded, those that patterns are compared on, those that decide between them in the end.
 RECORD, COMPARE, JUDGE = 1_000_000, 2_000_000, 2_500_000
 _RECORDED, _COMPARED, _JUDGED = 3, 2, 6  # times as many images as are recorded at once
-_KEPT = 2  # of the patterns that the prediction leads to
+_LOOKED_AT = 6  # patterns that are left of those to begin with after a first look, on a quarter of the images
+_FURTHER = 2  # schedules among them that are followed further on the prediction
+_KEPT = 2  # patterns of all that are compared
 _FIRST = (1, 3)  # steps that run whatever they cost, in schedules of whole steps
-_POWERS = (1.0, 0.5)  # how their errors are summed
+_POWERS = (1.0, 0.5)  # how their predicted errors are summed
+_NORMS: tuple[Norm, ...] = ("absolute", "squared")  # of their outputs' errors
 
 Begun = dict[tuple[str, int], Pattern]  # by kinds of forecast and most swaps
 
@@ -41,6 +46,7 @@ class Images:
     recorded: Reference
     compare: Reference
     judges: Reference
+    outputs: Outputs
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,15 @@ class _Search:
             begun: Where closing gates one by one ended for the next larger budget, from which it goes on here.
         """
         task, images, options = self.task, self.images, self.options
-        tried = [self._try(p) for p in self._begin(opened, begun)]
-        line = [p for _, p in sorted(tried, key=lambda t: t[0])[-_KEPT:]]
-        advance(1, f"{self.granularity}, {task.budget:.0%}: {max(t[0] for t in tried):.1f} dB")
+        first = images.compare.part(0, max(1, len(images.compare.seeds) // 4))
+        closed = {_key(p): p for p in self._closed(opened, begun)}
+        schedules = {_key(p): p for p in self._schedules(opened)}
+        some = self._nearest([*(closed | schedules).values()], first, _LOOKED_AT)
+        if opened.additive:
+            from_steps = [p for p in some if _key(p) in schedules][-_FURTHER:]
+            some += [p for steps in from_steps for p in path(task, opened, steps, self.kinds)[-1:]]
+        line = self._nearest(some, images.compare, _KEPT)
+        advance(1, f"{self.granularity}, {task.budget:.0%}: begun with {len(schedules)} schedules")
         # What is on this line is there too when more rounds follow, so that more search never ends worse.
         if options.rounds and _whole_steps(line[-1]):
             line.append(slide(task, line[-1], images.compare))
@@ -125,8 +137,8 @@ class _Search:
         )[1:]  # fmt: skip
         return Ended(self.granularity, task, *surest(task, line, images.judges))
 
-    def _begin(self, opened: Surrogate, begun: Begun) -> list[Pattern]:
-        """Patterns within the budget to try: by one kind of forecast and by a choice of kinds, as far as cancellation is believed."""
+    def _closed(self, opened: Surrogate, begun: Begun) -> list[Pattern]:
+        """Gates closed one by one: by one kind of forecast and by a choice of kinds, as far as cancellation is believed."""
         task = self.task
         found: list[Pattern] = []
         for kinds in dict.fromkeys([str(task.order), self.kinds]):
@@ -134,18 +146,33 @@ class _Search:
             for surrogate, swaps in ((opened.with_caution(0.0), 0), (opened, MAX_SWAPS)):
                 pattern = begun[kinds, swaps] = greedy(task, surrogate, begun.get((kinds, swaps)), kinds)
                 found.append([pattern, *path(task, surrogate, pattern, kinds, swaps)][-1])
-        # Closing gates one by one never moves a step that is there: whole steps are tried by themselves, first ones kept or not.
-        if opened.additive:
-            for first, power in product(_FIRST, _POWERS):
-                if (steps := scheduled(task, opened, self.kinds, first, power)) is not None:
-                    found += [steps, *path(task, opened, steps, self.kinds)[-1:]]
-        # None of them is always better than even steps, where few are left.
-        if self.granularity == "step":
-            found += [Pattern.of(evenly(task), kind) for kind in self.kinds[:2]]
         return found
 
-    def _try(self, pattern: Pattern) -> tuple[float, Pattern]:
-        return float(likeness(self.task, pattern, self.images.compare).mean()), pattern
+    def _schedules(self, opened: Surrogate) -> list[Pattern]:
+        """Whole steps: closing gates one by one never moves one that is there.
+
+        By what the outputs err by and by what images are predicted to, by one kind of forecast and by a choice, first steps kept or
+        not: each of them is nearest for some model and budget. So are even steps, where few are left.
+        """
+        task = self.task
+        errors = [self.images.outputs.errors(norm) for norm in _NORMS]
+        if opened.additive:
+            errors += [predicted(opened, power) for power in _POWERS]
+        kinds = dict.fromkeys([*self.kinds[:2], self.kinds])
+        found = [scheduled(task, *each) for each in product(errors, kinds, _FIRST)]
+        if self.granularity == "step":
+            found += [Pattern.of(evenly(task), kind) for kind in self.kinds[:2]]
+        return [p for p in found if p is not None]
+
+    def _nearest(self, patterns: Sequence[Pattern], to: Reference, count: int) -> list[Pattern]:
+        """The `count` patterns that are nearest, the nearest last."""
+        nearness = [float(likeness(self.task, p, to).mean()) for p in patterns]
+        return [patterns[i] for i in sorted(range(len(patterns)), key=nearness.__getitem__)[-count:]]
+
+
+def _key(pattern: Pattern) -> tuple[bytes, str]:
+    """The same for patterns that do the same."""
+    return pattern.gates.tobytes(), "".join(pattern.kinds[~pattern.gates].tolist())
 
 
 def _whole_steps(pattern: Pattern) -> bool:
@@ -165,12 +192,13 @@ def _found(ended: Ended) -> Found:
 def _images(sampler: Sampler, options: SearchOptions) -> Images:
     first = options.seed * 10_007
     counts = (n * options.images for n in (_RECORDED, _COMPARED, _JUDGED))
-    return Images(
-        *(
-            Reference.of(sampler, [base + first + i for i in range(count)])
-            for base, count in zip((RECORD, COMPARE, JUDGE), counts, strict=True)
-        )
+    recorded, compare, judges = (
+        [base + first + i for i in range(count)]
+        for base, count in zip((RECORD, COMPARE, JUDGE), counts, strict=True)
     )
+    with Outputs(sampler).listening() as outputs:
+        seen = Reference.of(sampler, recorded)
+    return Images(seen, Reference.of(sampler, compare), Reference.of(sampler, judges), outputs)
 
 
 def _ways(
@@ -178,6 +206,8 @@ def _ways(
 ) -> list[tuple[Granularity, Task]]:
     """Every granularity that the options leave open, with its way of reuse."""
     granularities: list[Granularity] = [options.granularity] if options.granularity else ["block", "step"]
+    if not options.granularity and options.reuse != "output" and all(map(has_branches, sampler.denoisers)):
+        granularities.insert(0, "branch")
     found: list[tuple[Granularity, Task]] = []
     for granularity in granularities:
         reuse = options.reuse or ("residual" if sampler.layout(granularity).residual else "output")

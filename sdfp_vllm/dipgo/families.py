@@ -30,6 +30,20 @@ _BLOCKS = {
     "QwenImageTransformerBlock": _TEXT_FIRST,
     "CogVideoXBlock": _TEXT_LAST,
 }
+# What a block adds to its streams one after the other, as its `forward` calls it. A block without an entry, whose attention and MLP go
+# into one projection or which is not read that way, stays whole.
+_BRANCHES = {
+    "BasicTransformerBlock": ("attn1", "attn2", "ff"),
+    "SanaTransformerBlock": ("attn1", "attn2", "ff"),
+    "HunyuanDiTBlock": ("attn1", "attn2", "ff"),
+    "WanTransformerBlock": ("attn1", "attn2", "ffn"),
+    "LTXVideoTransformerBlock": ("attn1", "attn2", "ff"),
+    "SD3SingleTransformerBlock": ("attn", "ff"),
+    "JointTransformerBlock": ("attn", "attn2", "ff", "ff_context"),
+    "FluxTransformerBlock": ("attn", "ff", "ff_context"),
+    "QwenImageTransformerBlock": ("attn", "img_mlp", "txt_mlp"),
+    "CogVideoXBlock": ("attn1", "ff"),
+}
 # The lists of blocks that a denoiser runs, one after the other.
 _CHAINS = {
     "DiTTransformer2DModel": ("transformer_blocks",),
@@ -52,18 +66,21 @@ def is_listed(denoiser: nn.Module) -> bool:
 
 
 def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
-    """The units of `denoiser`: its blocks, or with granularity "step" the whole network as the only one.
+    """The units of `denoiser`: its blocks, with "branch" their attention and MLP, or with "step" the whole network as the only one.
 
     A transformer is a chain of blocks, in HunyuanDiT with long skips between its halves. In a U-Net
     (`UNet2DConditionModel`) the outer blocks of the down path, the middle and the up path are units, as in DiP-GO;
     an up block reads the one before it and the down blocks whose skip connections it takes.
 
     Raises:
-        SdfpError: If blocks are asked of a class that is not listed; `signature.py` reads it from a call.
+        SdfpError: If blocks are asked of a class that is not listed (`signature.py` reads it from a call), or branches of
+            one whose blocks have none that are listed.
     """
     kind = type(denoiser).__name__
     if granularity == "step":
         return WHOLE
+    if granularity == "branch":
+        return _branches(denoiser)
     if kind in _UNETS:
         return Layout(_unet_units(denoiser))
     if kind in _LONG_SKIPS:
@@ -75,6 +92,35 @@ def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
         "is not among the classes whose blocks are listed",
         "Let `sdfp dipgo search` read them from a call, describe them with Layout(...), or use granularity step.",
     )
+
+
+def has_branches(denoiser: nn.Module) -> bool:
+    """Whether attention and MLP of its blocks can be units of their own."""
+    kind = type(denoiser).__name__
+    if kind not in _CHAINS and kind not in _LONG_SKIPS:
+        return False
+    names = (unit.name for unit in layout_of(denoiser, "block").units)
+    return any(_block(denoiser, name) in _BRANCHES for name in names)
+
+
+def _block(denoiser: nn.Module, name: str) -> str:
+    return type(unwrapped(denoiser.get_submodule(name))).__name__
+
+
+def _branches(denoiser: nn.Module) -> Layout:
+    if not has_branches(denoiser):
+        raise SdfpError(
+            "--granularity branch",
+            f"is for transformers whose blocks' attention and MLP are listed, and {type(denoiser).__name__} is none",
+            "Use --granularity block, or describe its branches with Layout(...): Unit(name=..., branch=True).",
+        )
+    units: list[Unit] = []
+    for unit in layout_of(denoiser, "block").units:
+        block = unwrapped(denoiser.get_submodule(unit.name))
+        parts = [p for p in _BRANCHES.get(type(block).__name__, ()) if getattr(block, p, None) is not None]
+        for each in [Unit(name=f"{unit.name}.{p}", branch=True) for p in parts] or [unit]:
+            units.append(each.model_copy(update={"inputs": (len(units) - 1,) if units else ()}))
+    return Layout(tuple(units))
 
 
 def _chain_units(denoiser: nn.Module) -> tuple[Unit, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from sdfp_vllm.errors import SdfpError
 
-Granularity = Literal["block", "step"]
+Granularity = Literal["branch", "block", "step"]
 Gates = NDArray[np.bool_]  # (steps, units): True where the unit runs
 
 NAMES = ("transformer", "unet")  # what pipelines call their denoiser; a second one is called NAME_2
@@ -40,7 +40,9 @@ class Unit(BaseModel):
         inputs: The units whose outputs it reads in the same call; the denoiser's stem, which always runs, is none of them.
         streams: What passes through it. With residual reuse, what the unit added to every stream is added to what goes in,
             for all of them together; anything else that it returns is reused as it was. None: the unit maps its input to another
-            shape, and only its output can be reused.
+            shape, and only its output can be reused; unless it is a branch.
+        branch: What it returns is itself what is added to streams that pass it by, as a block's attention and MLP are. Residual
+            reuse takes it as it was, and nothing else depends on whether it runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +50,7 @@ class Unit(BaseModel):
     name: str
     inputs: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
     streams: tuple[Stream, ...] = ()
+    branch: bool = False
 
     @property
     def title(self) -> str:
@@ -73,18 +76,19 @@ class Layout:
     @property
     def residual(self) -> bool:
         """Whether what a unit adds to its streams can be reused, for every unit."""
-        return all(unit.streams for unit in self.units)
+        return all(unit.streams or unit.branch for unit in self.units)
 
     def live(self, gates: Gates, reuse: str) -> Gates:
         """Units whose output, computed or reused, reaches the prediction in a call: (steps, units).
 
         With output reuse, a reused unit reads nothing, so units that only it would have read
-        are dead. With residual reuse a unit always passes its input on: all live.
+        are dead. With residual reuse a unit always passes its input on: all live. Branches are passed by either way.
         """
         if reuse == "residual":
             return np.ones_like(gates)
         live = np.zeros_like(gates)
         live[:, -1] = True
+        live[:, [unit.branch for unit in self.units]] = True
         for i in range(len(self.units) - 1, -1, -1):
             for source in self.units[i].inputs:
                 live[:, source] |= live[:, i] & gates[:, i]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sdfp_vllm.dipgo.budget import check_cost
 from sdfp_vllm.dipgo.cost import CostName
@@ -83,7 +83,7 @@ def check(options: SearchOptions) -> None:
     check_cost(options.cost)
     for flag, text, known in (
         ("--method", options.method, ("fisher", "learned")),
-        ("--granularity", options.granularity, (None, "block", "step")),
+        ("--granularity", options.granularity, (None, *get_args(Granularity))),
         ("--reuse", options.reuse, (None, "output", "residual")),
         ("--order", options.order, (None, 0, 1)),
         ("--consistency", options.consistency, ("ssim", "latents")),

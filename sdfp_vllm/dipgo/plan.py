@@ -16,7 +16,7 @@ from sdfp_vllm.dipgo.cost import CostName
 from sdfp_vllm.dipgo.fingerprint import PipelineFingerprint, SchedulerFingerprint
 from sdfp_vllm.dipgo.forecast import Forecasts
 from sdfp_vllm.dipgo.latency import Latency
-from sdfp_vllm.dipgo.layout import Gates, Unit
+from sdfp_vllm.dipgo.layout import Gates, Granularity, Unit
 from sdfp_vllm.dipgo.macs import MacCount
 from sdfp_vllm.dipgo.rhythm import Rhythm
 
@@ -88,7 +88,7 @@ class DipgoPlan(_Strict):
     fingerprint: PipelineFingerprint
     scheduler: SchedulerFingerprint
     calls: Rhythm | None = None
-    granularity: Literal["block", "step"]
+    granularity: Granularity
     reuse: Literal["output", "residual"]
     order: Annotated[int, Field(ge=0, le=1, strict=True)] = 0
     units: list[Unit] = Field(min_length=1)

@@ -132,7 +132,11 @@ class Skipping:
                 )
         rhythm = rhythm_of(rhythm)
         self._clock = self.clock_type(rhythm, check, self._before_call, self._after_call)
-        self._units = [layout.modules(each) for each in self._denoisers]
+        # Of each denoiser: a unit that always runs is let alone, and costs nothing.
+        self._units = [
+            {i: each.get_submodule(layout.units[i].name) for i in np.flatnonzero(~gates.all(0))}
+            for each in self._denoisers
+        ]
         runs = gates.T.tolist()
         kinds = (np.full(gates.shape, str(order)) if forecasts is None else forecasts).T.tolist()
         # (units, steps, steps)
@@ -141,8 +145,8 @@ class Skipping:
         kept = np.any(taken, axis=1).tolist()  # whether a unit's value of a step is taken later
         residual = reuse == "residual"
         for stage, each in enumerate(self._denoisers):
-            for i, (module, unit) in enumerate(zip(self._units[stage], layout.units, strict=True)):
-                hook = self.hook_type(self._clock, unit, runs[i], kept[i], residual, kinds[i])
+            for i, module in self._units[stage].items():
+                hook = self.hook_type(self._clock, layout.units[i], runs[i], kept[i], residual, kinds[i])
                 if module is each or not put_around(module, hook):
                     _register(module, hook, _UNIT)
             # Last, so that it is the outermost where the denoiser itself is the unit.
@@ -173,9 +177,9 @@ class Skipping:
         """Takes the hooks off; a second time does nothing."""
         self._clock.removed = True
         for denoiser, units in zip(self._denoisers, self._units, strict=True):
-            for unit in units:
+            for unit in units.values():
                 take_off(unit, UnitHook)
-            for module, name in ((denoiser, _CLOCK), *((unit, _UNIT) for unit in units)):
+            for module, name in ((denoiser, _CLOCK), *((unit, _UNIT) for unit in units.values())):
                 with _beneath_offloading(module):
                     HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
         self._clock.forget()
@@ -270,8 +274,8 @@ def units_for(plan: DipgoPlan, denoisers: Sequence[nn.Module], where: str) -> La
     """
     layout = Layout(tuple(plan.units))
     for denoiser in denoisers:
-        if plan.granularity == "block" and is_listed(denoiser):
-            known = layout_of(denoiser, "block")
+        if plan.granularity != "step" and is_listed(denoiser):
+            known = layout_of(denoiser, plan.granularity)
             if [(u.name, u.inputs) for u in known.units] != [(u.name, u.inputs) for u in layout.units]:
                 raise PlanError(f"{where}: field units", "names other units than this denoiser has", _SEARCH)
             if not layout.residual:

@@ -150,7 +150,7 @@ class Sampler:
         self.at_once: int | None = None
         self._given = arguments
         self._further: tuple[Any, ...] = ()  # what the decoder is told beside the latents
-        self._blocks: Layout | None = None
+        self._layouts: dict[Granularity, Layout] = {}
         parameters = inspect.signature(type(pipe).__call__).parameters
         if unknown := [name for name in arguments if name not in parameters]:
             raise SdfpError(
@@ -201,11 +201,11 @@ class Sampler:
         """
         if granularity == "step":
             return WHOLE
-        if self._blocks is None:
-            if self.units is not None:
+        if granularity not in self._layouts:
+            if self.units is not None and granularity == "block":
                 for denoiser, calls in zip(self.denoisers, self.first_calls, strict=True):
                     check_layout(self.units, denoiser, *calls[0])
-                self._blocks = self.units
+                self._layouts[granularity] = self.units
             else:
                 first, *others = (
                     units_of(denoiser, granularity, *calls[0])
@@ -217,8 +217,8 @@ class Sampler:
                         f"has other blocks in {' and '.join(self.rhythm.denoisers)}",
                         "Use --granularity step.",
                     )
-                self._blocks = first
-        return self._blocks
+                self._layouts[granularity] = first
+        return self._layouts[granularity]
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Final latents (images, channels, height, width), as the decoder would get them; of videos with frames among them."""

@@ -1,9 +1,9 @@
-"""Schedules of whole steps: which steps run, by dynamic programming on the prediction.
+"""Schedules of whole steps: which steps run, by dynamic programming on what forecasts err by.
 
 A step that is left out is forecast from the two that ran last, h and i, until j runs again. Taken alone, what these forecasts err
 by depends on h, i and j and on no other step, so that the best of all schedules with so many steps is found exactly (the idea
-of DPCache, arXiv 2602.22654, whose costs are of values; these are of the images). Closing gates one by one cannot: it
-never moves a step that is there.
+of DPCache, arXiv 2602.22654). Closing gates one by one cannot: it never moves a step that is there. Errors are those of the denoiser's outputs
+(outputs.py), or of the images as they are predicted.
 """
 
 from __future__ import annotations
@@ -14,30 +14,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdfp_vllm.dipgo.forecast import KINDS
+from sdfp_vllm.dipgo.outputs import Errors
 from sdfp_vllm.dipgo.prediction import Surrogate
 from sdfp_vllm.dipgo.task import Pattern, Task
 
+_MOST_STEPS = 250  # for which the programme's table, of three steps, is of a size to be filled
+_LONGEST = 16  # steps between two that run; more where the budget asks for it
 
-def scheduled(
-    task: Task, surrogate: Surrogate, kinds: str, first: int = 1, power: float = 1.0
-) -> Pattern | None:
+
+def predicted(surrogate: Surrogate, power: float) -> Errors:
+    """What images err by, as an additive prediction has it.
+
+    Args:
+        power: Of the squared error: 1 is right for errors that are independent, 0.5 for such as add up.
+    """
+    whole = surrogate.whole()
+    return lambda step, kind, computed: whole.error(0, step, kind, computed)[1] ** power
+
+
+def scheduled(task: Task, errors: Errors, kinds: str, first: int = 1) -> Pattern | None:
     """The best schedule within the budget, each step left out forecast by the best of `kinds` of an order up to 1.
 
     Args:
-        surrogate: An additive one.
         first: So many first steps run; of a later denoiser its first alone.
-        power: Of a step's squared error, in what is summed: 1 is right for errors that are independent, 0.5 for such as add up.
 
     Returns:
-        None where the budget does not hold the steps that have to run.
+        None where the budget does not hold the steps that have to run, or a generation has more than 250.
     """
     steps, units = task.sampler.calls, len(task.layout.units)
     forced = sorted({*range(min(first, steps)), *task.stages})
     count = max((n for n in range(1, steps + 1) if task.fits(_rows(range(n), steps, units))), default=0)
-    if count < len(forced):
+    if count < len(forced) or steps > _MOST_STEPS:
         return None
     kinds = "".join(k for k in kinds if KINDS[k] < 2) or "0"
-    cost, chosen = _costs(surrogate.whole(), steps, task.stages, kinds, power)
+    cost, chosen = _costs(errors, steps, task.stages, kinds, max(_LONGEST, 4 * steps // count))
     runs = best_path(cost, count, forced)
     pattern = Pattern.of(_rows(runs, steps, units), kinds[0])
     for step in range(steps):
@@ -76,25 +86,29 @@ def best_path(cost: NDArray[np.float64], count: int, forced: Sequence[int] = (0,
 
 
 def _costs(
-    surrogate: Surrogate, steps: int, stages: Sequence[int], kinds: str, power: float
+    errors: Errors, steps: int, stages: Sequence[int], kinds: str, longest: int
 ) -> tuple[NDArray[np.float64], dict[tuple[int, ...], dict[int, str]]]:
-    """`best_path`'s costs, and the best forecast of a step by the steps of its values, latest first."""
+    """`best_path`'s costs, and the best forecast of a step by the steps of its values, latest first.
+
+    Args:
+        longest: Distance of two steps that run one after the other.
+    """
     cost = np.full((steps + 2,) * 3, np.inf)
     chosen: dict[tuple[int, ...], dict[int, str]] = {}
     for i in range(steps):
-        for h in range(i) if i else (-1,):
+        for h in range(max(0, i - longest), i) if i else (-1,):
             values = _values(i + 1, (h, i), stages) if i + 1 not in stages else (i,)
             best = chosen.setdefault(values, {})
             summed = 0.0
-            for j in range(i + 1, steps + 1):
+            for j in range(i + 1, min(steps, i + longest) + 1):
                 cost[h + 1, i + 1, j + 1] = summed
                 if j == steps or j in stages:
                     if j < steps:
                         break  # it runs, and what ran before is another denoiser's
                     continue
-                errors = {kind: surrogate.error(0, j, kind, values)[1] for kind in kinds}
-                best[j] = min(errors, key=lambda kind: errors[kind])
-                summed += errors[best[j]] ** power
+                of_kind = {kind: errors(j, kind, values) for kind in kinds}
+                best[j] = min(of_kind, key=lambda kind: of_kind[kind])
+                summed += of_kind[best[j]]
     return cost, chosen
 
 

@@ -33,7 +33,7 @@ def units_of(denoiser: nn.Module, granularity: Granularity, args: tuple, kwargs:
     Raises:
         SdfpError: If it cannot be read.
     """
-    if granularity == "step" or is_listed(denoiser):
+    if granularity != "block" or is_listed(denoiser):
         return layout_of(denoiser, granularity)
     return traced(denoiser, args, kwargs)
 

@@ -87,6 +87,8 @@ def _leaving(unit: Unit, index: int, output: Any) -> Tensor:
 
 
 def _merged(unit: Unit, output: Any, streams: list[Tensor]) -> Any:
+    if not streams:  # a branch: what it returns is what is added
+        return output
     if isinstance(output, Tensor):
         return streams[0]
     values = list(output)
