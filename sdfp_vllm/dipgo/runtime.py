@@ -51,36 +51,32 @@ class UnitHook(ModelHook):
         forward = self.fn_ref.original_forward
         if self._clock.removed:
             return forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
-        step = self._begin()
+        step, held = self._begin(module, args, kwargs)
         if not self._runs[step]:
-            return self._reused(step, module, args, kwargs)
-        if not self._kept[step]:
-            return forward(*args, **kwargs)  # type: ignore[misc]
-        streams = self._entering(module, args, kwargs)
+            return held
         output = forward(*args, **kwargs)  # type: ignore[misc]
-        self._store(step, streams, output)
+        if self._kept[step]:
+            self._store(step, held, output)
         return output
 
     @torch.compiler.disable
-    def _begin(self) -> int:
-        """The step that the generation is in; notes that the unit was reached."""
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, Any]:
+        """The step that the generation is in, and what is held for it; notes that the unit was reached.
+
+        Where the unit does not run, that is what it gives. Where what it adds is kept, its streams as they are now, for it may write into them.
+        """
         generation = self._clock.now
         generation.kept[MET] = generation.kept.get(MET, 0) + 1
-        return generation.step
-
-    @torch.compiler.disable
-    def _reused(self, step: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        reused = self._history(self._clock.now).recall(step, self._kinds[step])
-        return (
-            passed(self._unit, entering(self._unit, module, args, kwargs), reused)
-            if self._residual
-            else reused
-        )
-
-    @torch.compiler.disable
-    def _entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-        """What residual reuse needs of the input as it is now: the unit may write into it."""
-        return [x.clone() for x in entering(self._unit, module, args, kwargs)] if self._residual else []
+        step = generation.step
+        if self._runs[step]:
+            streams = (
+                entering(self._unit, module, args, kwargs) if self._residual and self._kept[step] else []
+            )
+            return step, [x.clone() for x in streams]
+        reused = self._history(generation).recall(step, self._kinds[step])
+        if self._residual:
+            reused = passed(self._unit, entering(self._unit, module, args, kwargs), reused)
+        return step, reused
 
     @torch.compiler.disable
     def _store(self, step: int, streams: list[Tensor], output: Any) -> None:
