@@ -17,7 +17,7 @@ from torch import Tensor
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.common.terminal import console
-from sdfp_vllm.dipgo.job import SearchOptions, search
+from sdfp_vllm.dipgo.job import SearchOptions, search_each
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 from sdfp_vllm.dipgo.plan import DipgoPlan
 from sdfp_vllm.dipgo.quality import psnr, ssim
@@ -28,7 +28,7 @@ from sdfp_vllm.errors import SdfpError
 from tests.toy.digits.judge import judge
 from tests.toy.digits.pipelines import digits_folder
 
-GUIDANCE = 2.0
+GUIDANCE = 4.0
 _SEED = 9_000_000
 _REPEATS = 3
 _SHOWN = 10
@@ -48,7 +48,7 @@ class Row:
 
 
 def run_demo(images: int, budgets: list[float], steps: int, out: Path, console: Console) -> list[Row]:
-    """Searches a plan per budget, generates, prints the table, and saves dipgo.json, dipgo.png and the plans in `out`.
+    """Searches plans for all budgets at once, generates, prints the table, and saves dipgo.json, dipgo.png and the plans in `out`.
 
     Raises:
         SdfpError: If an argument is out of range.
@@ -57,13 +57,12 @@ def run_demo(images: int, budgets: list[float], steps: int, out: Path, console: 
         raise SdfpError("--images", f"is {images}", f"Give at least {_SHOWN}.")
     began = time.time()
     folder = digits_folder("dit")
-    plans: list[DipgoPlan] = []
-    for budget in budgets:
-        options = SearchOptions(steps=steps, budget=budget, guidance_scale=GUIDANCE)
-        plan = search(folder, options, out, console)
+    budgets = sorted(set(budgets), reverse=True)
+    options = SearchOptions(steps=steps, guidance_scale=GUIDANCE)
+    plans = search_each(folder, options, budgets, out, console)
+    for budget, plan in zip(budgets, plans, strict=True):
         plan.save(out / f"dipgo-{budget:g}.json")
         console.print(verdict(plan))
-        plans.append(plan)
 
     pipe = load_pipeline(folder)
     sampler = Sampler(pipe, load_conditions(pipe, folder), steps, GUIDANCE)
