@@ -37,7 +37,8 @@ def search_command(
     granularity: Annotated[
         str | None,
         typer.Option(
-            help="branch (attention and MLP), block or step (default: fisher tries all, learned takes block)."
+            help="branch (attention and MLP), block, step or guidance (steps, and the half of the batch without the condition); "
+            "default: fisher tries the first three, learned takes block."
         ),
     ] = None,
     reuse: Annotated[

@@ -6,7 +6,7 @@ The order in which a block returns its streams is its author's choice, so it is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -66,7 +66,8 @@ def is_listed(denoiser: nn.Module) -> bool:
 
 
 def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
-    """The units of `denoiser`: its blocks, with "branch" their attention and MLP, or with "step" the whole network as the only one.
+    """The units of `denoiser`: its blocks; with "branch" their attention and MLP; with "step" the whole network; with "guidance" that, and
+    the half of the batch without the condition.
 
     A transformer is a chain of blocks, in HunyuanDiT with long skips between its halves. In a U-Net
     (`UNet2DConditionModel`) the outer blocks of the down path, the middle and the up path are units, as in DiP-GO;
@@ -79,6 +80,10 @@ def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
     kind = type(denoiser).__name__
     if granularity == "step":
         return WHOLE
+    if granularity == "guidance":
+        # Of all that are guided in one batch, only DiT's pipeline has the condition first.
+        half: Literal["first", "second"] = "first" if kind == "DiTTransformer2DModel" else "second"
+        return Layout((Unit(name="", guidance=half), Unit(name="", inputs=(0,))))
     if granularity == "branch":
         return _branches(denoiser)
     if kind in _UNETS:

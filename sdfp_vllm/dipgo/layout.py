@@ -12,7 +12,7 @@ from torch import nn
 
 from sdfp_vllm.errors import SdfpError
 
-Granularity = Literal["branch", "block", "step"]
+Granularity = Literal["branch", "block", "step", "guidance"]
 Gates = NDArray[np.bool_]  # (steps, units): True where the unit runs
 
 NAMES = ("transformer", "unet")  # what pipelines call their denoiser; a second one is called NAME_2
@@ -43,6 +43,8 @@ class Unit(BaseModel):
             shape, and only its output can be reused; unless it is a branch.
         branch: What it returns is itself what is added to streams that pass it by, as a block's attention and MLP are. Residual
             reuse takes it as it was, and nothing else depends on whether it runs.
+        guidance: The half of the batch that is asked for with its condition, where guidance is in one batch. It is the other half that runs
+            or not; the unit's value is its difference to the first (FasterCache's CFG-cache, arXiv 2410.19355).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,10 +53,11 @@ class Unit(BaseModel):
     inputs: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
     streams: tuple[Stream, ...] = ()
     branch: bool = False
+    guidance: Literal["first", "second"] | None = None
 
     @property
     def title(self) -> str:
-        return self.name or "whole network"
+        return "guidance" if self.guidance else self.name or "whole network"
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ def count_macs(
     }
     total = flops["Global"] // 2 // rows
     units = [flops.get(f"{root}.{u.name}" if u.name else root, 0) // 2 // rows for u in layout.units]
+    if any(unit.guidance for unit in layout.units):  # of the same module: a half of the rows each
+        units = [total // 2, total - total // 2]
     return MacCount(units=units, rest=total - sum(units), rows_per_image=rows)
 
 

@@ -93,6 +93,12 @@ def check(options: SearchOptions) -> None:
             raise SdfpError(flag, f"{text} is unknown", f"Choose from {choices}.")
     if options.method == "learned" and options.order == 1:
         raise SdfpError("--order 1", "the learned search reuses the last value only", "Use --method fisher.")
+    if options.method == "learned" and options.granularity == "guidance":
+        raise SdfpError("--granularity guidance", "is not for the learned search", "Use --method fisher.")
+    if options.granularity == "guidance" and options.reuse == "residual":
+        raise SdfpError(
+            "--reuse residual", "is for blocks, and guidance reuses outputs", "Use --reuse output."
+        )
     if options.method == "learned" and options.memory is not None:
         raise SdfpError("--memory", "is for recordings, and the learned search makes none", "Leave it out.")
     if options.resume and options.method != "learned":

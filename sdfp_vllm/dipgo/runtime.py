@@ -18,6 +18,7 @@ from sdfp_vllm.dipgo.families import is_listed, layout_of
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint, scheduler_fingerprint
 from sdfp_vllm.dipgo.forecast import KINDS, Forecasts
 from sdfp_vllm.dipgo.graph_breaks import between_graphs, is_one_graph, put_around, take_off
+from sdfp_vllm.dipgo.halves import both, conditioned, difference
 from sdfp_vllm.dipgo.history import History, recalled
 from sdfp_vllm.dipgo.layout import Gates, Layout, Unit, denoisers_of
 from sdfp_vllm.dipgo.plan import DipgoPlan, load_plan
@@ -87,6 +88,24 @@ class UnitHook(ModelHook):
         return generation.kept.setdefault((self, generation.branch), History(self._order))
 
 
+class GuidanceHook(UnitHook):
+    """Around a denoiser: runs its whole batch, or the half with the condition, whose output the other's is told from."""
+
+    @between_graphs
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = self.fn_ref.original_forward
+        if self._clock.removed:
+            return forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
+        step, held = self._begin(module, args, kwargs)
+        if not self._runs[step]:
+            args, kwargs = conditioned(self._unit, args, kwargs)
+            return both(self._unit, forward(*args, **kwargs), held)  # type: ignore[misc]
+        output = forward(*args, **kwargs)  # type: ignore[misc]
+        if self._kept[step]:
+            self._store(step, held, difference(self._unit, output))
+        return output
+
+
 S = TypeVar("S", bound="Skipping")
 
 
@@ -139,12 +158,18 @@ class Skipping:
         taken = np.array([recalled(r, order, rhythm.stages, k) for r, k in zip(runs, kinds, strict=True)])
         self._recalled: NDArray[np.bool_] = np.any(taken, axis=0)
         kept = np.any(taken, axis=1).tolist()  # whether a unit's value of a step is taken later
+        # Units that are reached in a step: what is within the whole network is not where that is reused.
+        within = [i for i in self._units[0] if layout.units[i].guidance]
+        self._reached = [
+            len(self._units[0]) - (0 if gates[t, -1] else len(within)) for t in range(len(gates))
+        ]
         residual = reuse == "residual"
         for stage, each in enumerate(self._denoisers):
             for i, module in self._units[stage].items():
-                hook = self.hook_type(self._clock, layout.units[i], runs[i], kept[i], residual, kinds[i])
+                hook_type = GuidanceHook if layout.units[i].guidance else self.hook_type
+                hook = hook_type(self._clock, layout.units[i], runs[i], kept[i], residual, kinds[i])
                 if module is each or not put_around(module, hook):
-                    _register(module, hook, _UNIT)
+                    _register(module, hook, f"{_UNIT}_{i}")
             # Last, so that it is the outermost where the denoiser itself is the unit.
             _register(each, self._clock.hook(stage), _CLOCK)
 
@@ -162,7 +187,7 @@ class Skipping:
                 )
 
     def _after_call(self, generation: Generation) -> None:
-        if generation.kept.pop(MET, 0) != len(self._units[0]):
+        if generation.kept.pop(MET, 0) != self._reached[generation.step]:
             raise SdfpError(
                 WHERE,
                 "its hooks on units were taken off by something else",
@@ -175,7 +200,11 @@ class Skipping:
         for denoiser, units in zip(self._denoisers, self._units, strict=True):
             for unit in units.values():
                 take_off(unit, UnitHook)
-            for module, name in ((denoiser, _CLOCK), *((unit, _UNIT) for unit in units.values())):
+            named = [(denoiser, _CLOCK), *((unit, f"{_UNIT}_{i}") for i, unit in reversed(units.items()))]
+            for (
+                module,
+                name,
+            ) in named:  # outermost first: a hook beneath another is not taken out of what that calls
                 with _beneath_offloading(module):
                     HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
         self._clock.forget()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfp_vllm.dipgo.fingerprint import SchedulerFingerprint
+from sdfp_vllm.dipgo.halves import check_halves
 from sdfp_vllm.dipgo.layout import WHOLE, Granularity, Layout, denoisers_of
 from sdfp_vllm.dipgo.rehearsal import Call, rehearse
 from sdfp_vllm.dipgo.rhythm import Rhythm
@@ -217,6 +218,9 @@ class Sampler:
                         f"has other blocks in {' and '.join(self.rhythm.denoisers)}",
                         "Use --granularity step.",
                     )
+                if granularity == "guidance":
+                    for denoiser, calls in zip(self.denoisers, self.first_calls, strict=True):
+                        check_halves(first, denoiser, calls)
                 self._layouts[granularity] = first
         return self._layouts[granularity]
 

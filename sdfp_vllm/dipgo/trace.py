@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sdfp_vllm.dipgo.clock import Clock
 from sdfp_vllm.dipgo.forecast import KINDS, Forecasts
+from sdfp_vllm.dipgo.halves import both, difference, only_conditioned
 from sdfp_vllm.dipgo.history import History
 from sdfp_vllm.dipgo.layout import Gates, Layout, Unit
 from sdfp_vllm.dipgo.sampling import Sampler
@@ -79,7 +80,8 @@ class Trace:
         for stage, denoiser in enumerate(self.sampler.denoisers):
             modules = self._layout.modules(denoiser)
             for i, (unit, module) in enumerate(zip(self._layout.units, modules, strict=True)):
-                HookRegistry.check_if_exists_or_initialize(module).register_hook(_Tap(self, i, unit), _HOOK)
+                registry = HookRegistry.check_if_exists_or_initialize(module)
+                registry.register_hook(_Tap(self, i, unit), f"{_HOOK}_{i}")
             registry = HookRegistry.check_if_exists_or_initialize(denoiser)
             registry.register_hook(_Listen(self), _HOOK + "_call")
             registry.register_hook(self._clock.hook(stage), _HOOK + "_clock")
@@ -90,8 +92,9 @@ class Trace:
             registry = HookRegistry.check_if_exists_or_initialize(denoiser)
             for name in ("_clock", "_call"):
                 registry.remove_hook(_HOOK + name, recurse=False)
-            for module in self._layout.modules(denoiser):
-                HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+            # Outermost first: a hook beneath another one that calls it is not taken out of it.
+            for i, module in reversed([*enumerate(self._layout.modules(denoiser))]):
+                HookRegistry.check_if_exists_or_initialize(module).remove_hook(f"{_HOOK}_{i}", recurse=False)
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Final latents of `seeds`, from which `products` goes back. Once only."""
@@ -218,6 +221,8 @@ class Trace:
     ) -> Any:
         """Runs a unit, or what stands for it: once to keep its value, and again with its taps."""
         call, unit, i = self._again, tap.unit, tap.index
+        if unit.guidance:
+            return self._run_halves(tap, forward, args, kwargs)
         if call is not None and self._gates[call.step, i]:
             leaves, spec = tree_flatten(forward(*args, **kwargs))
             return tree_unflatten(self._tapped(i, leaves), spec)
@@ -228,16 +233,37 @@ class Trace:
         # Of the input as it is now: the unit may write into it.
         streams = [x.clone() for x in entering(unit, module, args, kwargs)] if self._residual else []
         output = forward(*args, **kwargs)
-        leaves, spec = tree_flatten(added(unit, streams, output) if self._residual else output)
-        self._values[now.step, now.branch, i] = [
-            self._spill.keep(x, self._spare) for x in leaves if isinstance(x, Tensor)
-        ]
-        tap.forms[now.branch] = [None if isinstance(x, Tensor) else x for x in leaves], spec
-        tap.places[now.branch] = [j for j, x in enumerate(leaves) if isinstance(x, Tensor)]
+        self._keep(tap, now.step, now.branch, added(unit, streams, output) if self._residual else output)
         if self._gates[now.step, i]:
             return output
         value = self._recall(tap, now.step, now.branch)
         return passed(unit, streams, value) if self._residual else value
+
+    def _run_halves(self, tap: _Tap, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The same for guidance: the whole batch is computed, and its other half stands for what a reused difference makes of it."""
+        call, unit = self._again, tap.unit
+        step, branch = (
+            (call.step, call.branch) if call is not None else (self._clock.now.step, self._clock.now.branch)
+        )
+        output = forward(*args, **kwargs)
+        if call is None:
+            self._keep(tap, step, branch, difference(unit, output))
+        if not self._gates[step, tap.index]:
+            more = self._recall(tap, step, branch)
+        elif call is None:
+            return output
+        else:
+            leaves, spec = tree_flatten(difference(unit, output))
+            more = tree_unflatten(self._tapped(tap.index, leaves), spec)
+        return both(unit, only_conditioned(unit, output), more)
+
+    def _keep(self, tap: _Tap, step: int, branch: int, value: Any) -> None:
+        leaves, spec = tree_flatten(value)
+        self._values[step, branch, tap.index] = [
+            self._spill.keep(x, self._spare) for x in leaves if isinstance(x, Tensor)
+        ]
+        tap.forms[branch] = [None if isinstance(x, Tensor) else x for x in leaves], spec
+        tap.places[branch] = [j for j, x in enumerate(leaves) if isinstance(x, Tensor)]
 
     def _recall(self, tap: _Tap, step: int, branch: int) -> Any:
         """What is reused in place of a unit's value; with taps in a call that is made again.

@@ -1,0 +1,91 @@
+"""The two halves of a batch that is guided: calls for one of them, and their outputs' difference.
+
+A guided prediction is u + s (c - u) with c asked for with the condition, u without, and s the scale. Where d = u - c hardly changes from step to
+step, u need not be computed: it is c + d, and an error of d counts s - 1 times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
+
+from sdfp_vllm.dipgo.layout import Layout, Unit
+from sdfp_vllm.dipgo.streams import batch_of
+from sdfp_vllm.errors import SdfpError
+
+_SHARED = "rotary"  # in the names of arguments that are for all rows
+
+
+def conditioned(unit: Unit, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call for the half with the condition: of every tensor that has a row for each of the batch."""
+    rows = len(batch_of(args, kwargs))
+
+    def half(path: tuple, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != rows or _SHARED in str(path):
+            return value
+        return _halves(unit, value)[0]
+
+    return tree_map_with_path(half, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def difference(unit: Unit, output: Any) -> Any:
+    """What the other half's output is more than that of the half with the condition."""
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        kept, other = _halves(unit, value)
+        return other - kept
+
+    return tree_map(of, output)
+
+
+def both(unit: Unit, output: Any, more: Any) -> Any:
+    """A whole batch's output, from that of the half with the condition and the difference."""
+
+    def of(kept: Any, value: Any) -> Any:
+        if not isinstance(kept, Tensor):
+            return kept
+        halves = [kept, kept + value]
+        return torch.cat(halves if unit.guidance == "first" else halves[::-1])
+
+    return tree_map(of, output, more)
+
+
+def only_conditioned(unit: Unit, output: Any) -> Any:
+    """Of a whole batch's output the half with the condition."""
+    return tree_map(lambda value: _halves(unit, value)[0] if isinstance(value, Tensor) else value, output)
+
+
+def check_halves(layout: Layout, denoiser: nn.Module, calls: list[tuple[tuple, dict[str, Any]]]) -> None:
+    """Tries the halves out on a step's calls for one image: one half computed alone must be what it is in the whole.
+
+    Raises:
+        SdfpError: If there is no guidance in one batch, or its rows depend on each other.
+    """
+    unit, (args, kwargs) = layout.units[0], calls[0]
+    fits = len(calls) == 1 and len(batch_of(args, kwargs)) == 2
+    if fits:
+        with torch.no_grad():
+            whole = tree_leaves(only_conditioned(unit, denoiser(*args, **kwargs)))
+            some, named = conditioned(unit, args, kwargs)
+            alone = tree_leaves(denoiser(*some, **named))
+        fits = all(
+            torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()))
+            for a, b in zip(whole, alone, strict=True)
+        )
+    if not fits:
+        raise SdfpError(
+            "--granularity guidance",
+            f"is for pipelines that ask {type(denoiser).__name__} with and without the condition in one batch, and this one does not",
+            "Set a guidance scale, or use another granularity.",
+        )
+
+
+def _halves(unit: Unit, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The half with the condition, and the other."""
+    first, second = value.chunk(2)
+    return (first, second) if unit.guidance == "first" else (second, first)
