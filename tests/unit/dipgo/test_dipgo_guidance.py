@@ -94,7 +94,7 @@ def test_the_prediction_is_exact_where_the_generation_is_linear(kind, closed):
     assert surrogate.loss(gates) == 0
     gates[-1, closed] = False
     real = projected(sampler, task.run(gates, SEEDS), full, 3)
-    assert surrogate.loss(gates) == pytest.approx((real**2).mean(), rel=2e-3) and (real**2).mean() > 0
+    assert surrogate.loss(gates) == pytest.approx((real**2).mean(), rel=1e-2) and (real**2).mean() > 0
 
 
 @pytest.mark.usefixtures("latents_seen")
