@@ -12,6 +12,7 @@ from sdfp_vllm.common.progress import Stages
 from sdfp_vllm.dipgo.descent import MAX_SWAPS, evenly, greedy, path
 from sdfp_vllm.dipgo.families import has_branches
 from sdfp_vllm.dipgo.forecast import KINDS
+from sdfp_vllm.dipgo.halves import is_guided
 from sdfp_vllm.dipgo.layout import Granularity
 from sdfp_vllm.dipgo.options import SearchOptions
 from sdfp_vllm.dipgo.outputs import Norm, Outputs
@@ -205,13 +206,23 @@ def _ways(
     sampler: Sampler, options: SearchOptions, budgets: Sequence[float]
 ) -> list[tuple[Granularity, Task]]:
     """Every granularity that the options leave open, with its way of reuse."""
-    granularities: list[Granularity] = [options.granularity] if options.granularity else ["block", "step"]
-    if not options.granularity and options.reuse != "output" and all(map(has_branches, sampler.denoisers)):
-        granularities.insert(0, "branch")
     found: list[tuple[Granularity, Task]] = []
-    for granularity in granularities:
+    for granularity in _granularities(sampler, options):
         reuse = options.reuse or ("residual" if sampler.layout(granularity).residual else "output")
         order = 1 if options.order is None else options.order
         task = task_of(sampler, granularity, reuse, order, min(budgets), options.cost, options.latency_images)
         found.append((granularity, task))
+    return found
+
+
+def _granularities(sampler: Sampler, options: SearchOptions) -> list[Granularity]:
+    if options.granularity:
+        return [options.granularity]
+    found: list[Granularity] = ["block"]
+    if options.reuse != "output" and all(map(has_branches, sampler.denoisers)):
+        found.insert(0, "branch")
+    if options.reuse != "residual":  # of the whole network there is none
+        found.append("step")
+        if all(map(is_guided, sampler.denoisers, sampler.first_calls)):
+            found.append("guidance")
     return found

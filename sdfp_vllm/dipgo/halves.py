@@ -6,16 +6,18 @@ step, u need not be computed: it is c + d, and an error of d counts s - 1 times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
 
-from sdfp_vllm.dipgo.layout import Layout, Unit
+from sdfp_vllm.dipgo.families import layout_of
+from sdfp_vllm.dipgo.layout import Unit
 from sdfp_vllm.dipgo.streams import batch_of
-from sdfp_vllm.errors import SdfpError
 
+_ALIKE = 1e-2  # of the largest: half precision, and products of another size
 _SHARED = "rotary"  # in the names of arguments that are for all rows
 
 
@@ -60,29 +62,30 @@ def only_conditioned(unit: Unit, output: Any) -> Any:
     return tree_map(lambda value: _halves(unit, value)[0] if isinstance(value, Tensor) else value, output)
 
 
-def check_halves(layout: Layout, denoiser: nn.Module, calls: list[tuple[tuple, dict[str, Any]]]) -> None:
-    """Tries the halves out on a step's calls for one image: one half computed alone must be what it is in the whole.
+def is_guided(denoiser: nn.Module, calls: Sequence[tuple[tuple, dict[str, Any]]]) -> bool:
+    """Whether a step's calls for one image ask with and without the condition in one batch, whose halves do not depend on each other.
 
-    Raises:
-        SdfpError: If there is no guidance in one batch, or its rows depend on each other.
+    One half is computed alone, and must be what it is in the whole.
     """
-    unit, (args, kwargs) = layout.units[0], calls[0]
-    fits = len(calls) == 1 and len(batch_of(args, kwargs)) == 2
-    if fits:
-        with torch.no_grad():
-            whole = tree_leaves(only_conditioned(unit, denoiser(*args, **kwargs)))
-            some, named = conditioned(unit, args, kwargs)
+    unit, (args, kwargs) = layout_of(denoiser, "guidance").units[0], calls[0]
+    if len(calls) > 1 or len(batch_of(args, kwargs)) != 2:
+        return False
+    with torch.no_grad():
+        whole = tree_leaves(only_conditioned(unit, denoiser(*_fresh(args), **_fresh(kwargs))))
+        some, named = conditioned(unit, args, kwargs)
+        try:
             alone = tree_leaves(denoiser(*some, **named))
-        fits = all(
-            torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()))
-            for a, b in zip(whole, alone, strict=True)
-        )
-    if not fits:
-        raise SdfpError(
-            "--granularity guidance",
-            f"is for pipelines that ask {type(denoiser).__name__} with and without the condition in one batch, and this one does not",
-            "Set a guidance scale, or use another granularity.",
-        )
+        except (RuntimeError, ValueError, IndexError):
+            return False  # a tensor that is for all rows has as many, or one of each row is not told
+    return all(map(_alike, whole, alone))
+
+
+def _fresh(arguments: Any) -> Any:
+    return tree_map(lambda leaf: leaf, arguments)  # some denoisers take arguments out of their containers
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return not isinstance(a, Tensor) or torch.allclose(a, b, rtol=_ALIKE, atol=_ALIKE * float(a.abs().max()))
 
 
 def _halves(unit: Unit, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfp_vllm.dipgo.fingerprint import SchedulerFingerprint
-from sdfp_vllm.dipgo.halves import check_halves
+from sdfp_vllm.dipgo.halves import is_guided
 from sdfp_vllm.dipgo.layout import WHOLE, Granularity, Layout, denoisers_of
 from sdfp_vllm.dipgo.rehearsal import Call, rehearse
 from sdfp_vllm.dipgo.rhythm import Rhythm
@@ -218,9 +218,13 @@ class Sampler:
                         f"has other blocks in {' and '.join(self.rhythm.denoisers)}",
                         "Use --granularity step.",
                     )
-                if granularity == "guidance":
-                    for denoiser, calls in zip(self.denoisers, self.first_calls, strict=True):
-                        check_halves(first, denoiser, calls)
+                if granularity == "guidance" and not all(map(is_guided, self.denoisers, self.first_calls)):
+                    raise SdfpError(
+                        "--granularity guidance",
+                        f"is for pipelines that ask {type(self.denoiser).__name__} with and without the condition in one "
+                        "batch, and this one does not",
+                        "Set a guidance scale, or use another granularity.",
+                    )
                 self._layouts[granularity] = first
         return self._layouts[granularity]
 

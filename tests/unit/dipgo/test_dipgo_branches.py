@@ -141,9 +141,9 @@ def test_a_search_tries_branches_where_there_are_any():
         kind: [g for g, _ in _ways(tiny_sampler(kind), SearchOptions(budget=0.9), [0.9])]
         for kind in ("dit", "sd")
     }
-    assert ways == {"dit": ["branch", "block", "step"], "sd": ["block", "step"]}
+    assert ways == {"dit": ["branch", "block", "step", "guidance"], "sd": ["block", "step", "guidance"]}
     outputs = _ways(tiny_sampler("dit"), SearchOptions(budget=0.9, reuse="output"), [0.9])
-    assert [g for g, _ in outputs] == ["block", "step"]
+    assert [g for g, _ in outputs] == ["block", "step", "guidance"]
 
 
 def test_branches_of_a_u_net_are_refused():
