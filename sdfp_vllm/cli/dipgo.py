@@ -38,7 +38,7 @@ def search_command(
         str | None,
         typer.Option(
             help="branch (attention and MLP), block, step or guidance (steps, and the half of the batch without the condition); "
-            "default: fisher tries the first three, learned takes block."
+            "default: fisher tries all there are, learned takes block."
         ),
     ] = None,
     reuse: Annotated[
