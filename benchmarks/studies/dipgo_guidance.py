@@ -27,7 +27,7 @@ from sdfp_vllm.common.progress import stages
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.common.results_file import save_results
 from sdfp_vllm.dipgo.curve import find_curve
-from sdfp_vllm.dipgo.job import SearchOptions, fewer_steps, quality
+from sdfp_vllm.dipgo.job import FullRun, SearchOptions, fewer_steps, quality
 from sdfp_vllm.dipgo.pipelines import load_pipeline
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from tests.toy.digits.pipelines import digits_folder
@@ -74,10 +74,11 @@ def rows_of(
         curve = find_curve(sampler, options, budgets, progress)
     seconds = time.process_time() - began
     seeds = [TEST_SEED + i for i in range(images)]
+    full = FullRun.of(sampler, seeds)
     rows = []
     for found in curve:
-        made = quality(found.task, found.gates, seeds, found.forecasts)
-        native = fewer_steps(sampler, found.task.budget, seeds)
+        made = quality(found.task, found.gates, seeds, found.forecasts, full)
+        native = fewer_steps(sampler, found.task.budget, seeds, full)
         assert native is not None
         forecasts = f"order {found.task.order}" if found.forecasts is None else "forecasts of their own"
         rows.append(

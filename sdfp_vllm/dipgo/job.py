@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from sdfp_vllm.dipgo.plan import DipgoPlan, FewerSteps, Provenance, Quality, for
 from sdfp_vllm.dipgo.quality import psnr, ssim
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.dipgo.signature import load_layout
+from sdfp_vllm.dipgo.stopwatch import now
 from sdfp_vllm.dipgo.task import Found, Task, task_of
 from sdfp_vllm.errors import SdfpError
 
@@ -83,7 +84,7 @@ def search_each(
         each = find_each(sampler, options, budgets, progress, out.parent / STATE_FILE)
     seconds = time.perf_counter() - began
     seeds = [_TEST + options.seed * 10_007 + i for i in range(options.test_images)]
-    full = _images(sampler, sampler, seeds)
+    full = FullRun.of(sampler, seeds)
     return [_plan(sampler, str(folder), options, found, seeds, full, seconds) for found in each]
 
 
@@ -93,10 +94,10 @@ def _plan(
     options: SearchOptions,
     found: Found,
     seeds: list[int],
-    full: Tensor,
+    full: FullRun,
     seconds: float,
 ) -> DipgoPlan:
-    """What was found as a plan, with how near it is to the full run's images `full` of `seeds`."""
+    """What was found as a plan, with how near it is to the full run of `seeds`."""
     return DipgoPlan(
         pipeline=name,
         fingerprint=pipeline_fingerprint(sampler.pipe),
@@ -148,9 +149,24 @@ def find_each(
     return find_curve(sampler, options, budgets, progress)
 
 
-def _images(sampler: Sampler, made_by: Sampler, seeds: list[int]) -> Tensor:
+@dataclass(frozen=True)
+class FullRun:
+    """Images of the full run, and the seconds that their latents took."""
+
+    images: Tensor
+    seconds: float
+
+    @classmethod
+    def of(cls, sampler: Sampler, seeds: list[int]) -> FullRun:
+        return cls(*_generated(sampler, lambda: sampler.latents(seeds)))
+
+
+def _generated(sampler: Sampler, latents: Callable[[], Tensor]) -> tuple[Tensor, float]:
     with torch.no_grad():
-        return sampler.decode(made_by.latents(seeds))
+        began = now(sampler)
+        made = latents()
+        seconds = now(sampler) - began
+        return sampler.decode(made), seconds
 
 
 def quality(
@@ -158,25 +174,26 @@ def quality(
     gates: Gates,
     seeds: list[int],
     forecasts: Forecasts | None = None,
-    full: Tensor | None = None,
+    full: FullRun | None = None,
 ) -> Quality:
-    """Agreement with the full run on `seeds`; `full` are its images where they are there already."""
-    if full is None:
-        full = _images(task.sampler, task.sampler, seeds)
-    with torch.no_grad():
-        images = task.sampler.decode(task.run(gates, seeds, forecasts))
+    """Agreement with the full run on `seeds`, where that is there already `full`."""
+    full = full or FullRun.of(task.sampler, seeds)
+    images, seconds = _generated(task.sampler, lambda: task.run(gates, seeds, forecasts))
     return Quality(
-        images=len(seeds), psnr=psnr(images, full).mean().item(), ssim=ssim(images, full).mean().item()
+        images=len(seeds),
+        psnr=psnr(images, full.images).mean().item(),
+        ssim=ssim(images, full.images).mean().item(),
+        time=seconds / full.seconds if seconds > 0 and full.seconds > 0 else None,
     )
 
 
 def fewer_steps(
-    sampler: Sampler, budget: float, seeds: list[int], full: Tensor | None = None
+    sampler: Sampler, budget: float, seeds: list[int], full: FullRun | None = None
 ) -> FewerSteps | None:
     """What the pipeline gives in fewer steps, as many as `budget` allows of its calls: what any plan must beat.
 
     Args:
-        full: Images of the full run on `seeds`, where they are there already.
+        full: The full run of `seeds`, where it is there already.
 
     Returns:
         None if the scheduler makes none.
@@ -190,10 +207,9 @@ def fewer_steps(
             break
     else:
         return None
-    if full is None:
-        full = _images(sampler, sampler, seeds)
-    images = _images(sampler, fewer, seeds)
-    return FewerSteps(steps=steps, psnr=psnr(images, full).mean().item())
+    full = full or FullRun.of(sampler, seeds)
+    images, _ = _generated(sampler, lambda: fewer.latents(seeds))
+    return FewerSteps(steps=steps, psnr=psnr(images, full.images).mean().item())
 
 
 def _learned(sampler: Sampler, options: SearchOptions, progress: Stages, state_file: Path | None) -> Found:

@@ -38,12 +38,13 @@ class Quality(_Strict):
     """Agreement with the full run on seeds that the search did not see; means over `images` images.
 
     `psnr` in dB and `ssim` are of decoded images in [-1, 1]. An image that is bit-identical
-    counts with 100 dB.
+    counts with 100 dB. `time` is what the plan's latents of them took over what the full run's did, measured once, where the search ran.
     """
 
     images: int = Field(ge=1)
     psnr: Finite
     ssim: Annotated[float, Field(ge=-1.0, le=1.0, allow_inf_nan=False)]
+    time: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
 
 
 class FewerSteps(_Strict):

@@ -32,6 +32,8 @@ def verdict(plan: DipgoPlan) -> str:
     if plan.quality:
         q = plan.quality
         text += f"; against the full run PSNR {q.psnr:.1f} dB, SSIM {q.ssim:.4f} on {q.images} unseen seeds"
+        if q.time is not None:
+            text += f", which took {q.time:.2f} of its time"
     if plan.native:
         text += f"; {plan.native.steps} native steps reach {plan.native.psnr:.1f} dB on them"
     return text + "." + (f" {nothing_better(plan)}" if plan.beaten else "")

@@ -70,10 +70,10 @@ def _best(runs: Sequence[Callable[[], None]], repeats: int, sampler: Sampler) ->
     best = [float("inf")] * len(runs)
     for repeat in range(repeats + 1):
         for i, run in enumerate(runs):
-            began = _now(sampler)
+            began = now(sampler)
             run()
             if repeat:
-                best[i] = min(best[i], _now(sampler) - began)
+                best[i] = min(best[i], now(sampler) - began)
     return best
 
 
@@ -87,13 +87,13 @@ def _unit_seconds(
 
     def start(i: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            began[i] = _now(sampler)
+            began[i] = now(sampler)
 
         return hook
 
     def stop(i: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            best[i] = min(best[i], _now(sampler) - began[i])
+            best[i] = min(best[i], now(sampler) - began[i])
 
         return hook
 
@@ -108,7 +108,7 @@ def _unit_seconds(
     return [max(seconds, _LEAST) for seconds in best]
 
 
-def _now(sampler: Sampler) -> float:
+def now(sampler: Sampler) -> float:
     """Seconds. Of the processor where one thread does all the work: other work on the machine is not in them then."""
     if _on_gpu(sampler):
         torch.cuda.synchronize()

@@ -49,6 +49,9 @@ def check(result, folder, kind, sets):
     plan = load_plan(folder / "plan.json")
     assert plan.compute_share <= 0.5 + 0.0125 and plan.native.steps <= 4
     assert plan.quality.psnr > plan.native.psnr
+    assert plan.quality.time > 0 and f"which took {plan.quality.time:.2f} of its time" in " ".join(
+        result.output.split()
+    )
     pipe = load_pipeline(folder)
     settings = {name: json.loads(value) for name, value in (s.split("=", 1) for s in sets[1::2])}
     sampler = Sampler(pipe, load_conditions(pipe, folder), 8, 3.0, **settings)
