@@ -343,7 +343,7 @@ def main() -> None:
         add_dpcache(bench)
         add_methods(bench)
         if a.learned:
-            add_learned(bench, load_run(a.learned, a.model))
+            add_learned(bench, load_run(a.learned, a.model, a.guidance))
     add_ours(bench, a.rounds)
     entries = measure(bench, a.repeats)
     title = f"Digits {a.model}: {STEPS} steps {type(bench.pipe.scheduler).__name__}, guidance {a.guidance:g}, {a.images} images"

@@ -45,15 +45,19 @@ def learned_task(sampler: Sampler) -> Task:
     return task_of(sampler, "block", "output", 0, 1.0)
 
 
-def load_run(path: Path, model: str) -> LearnedRun:
+def load_run(path: Path, model: str, guidance: float) -> LearnedRun:
     """A run that this study wrote for `model`.
 
     Raises:
-        SdfpError: If it is of another model.
+        SdfpError: If it is of another model or guidance.
     """
     held = json.loads(path.read_text())
-    if held["model"] != model:
-        raise SdfpError(f"--learned {path}", f"is of {held['model']}, not {model}", "Give that model's file.")
+    if (held["model"], held["guidance"]) != (model, guidance):
+        raise SdfpError(
+            f"--learned {path}",
+            f"is of {held['model']} at guidance {held['guidance']:g}, not of {model} at {guidance:g}",
+            "Give that model's file.",
+        )
     return LearnedRun(np.array(held["scores"]), held["settings"]["iterations"], held["cpu_seconds"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,7 +23,7 @@ from sdfp_vllm.dipgo.room import limit
 from sdfp_vllm.dipgo.sampling import Sampler
 from sdfp_vllm.dipgo.schedule import predicted, scheduled
 from sdfp_vllm.dipgo.surrogate import record
-from sdfp_vllm.dipgo.task import Found, Pattern, Task, task_of
+from sdfp_vllm.dipgo.task import Found, Pattern, Task, refuse_below, task_of
 
 # Seeds of images: those recorded, those that patterns are compared on, those that decide between them in the end.
 RECORD, COMPARE, JUDGE = 1_000_000, 2_000_000, 2_500_000
@@ -70,10 +71,10 @@ def find_curve(
     """
     budgets = sorted(set(budgets), reverse=True)
     limit(sampler, options.memory)
+    ways = _ways(sampler, options, budgets)
     images = _images(sampler, options)
     kinds = "".join(KINDS) if options.order is None else str(options.order)
     ends: list[list[Ended]] = [[] for _ in budgets]
-    ways = _ways(sampler, options, budgets)
     with progress.step("Searching", len(ways) * len(budgets) * (options.rounds + 2)) as advance:
         for granularity, task in ways:
             opened = record(
@@ -82,6 +83,9 @@ def find_curve(
             )  # fmt: skip
             begun: Begun = {}
             for budget, ended in zip(budgets, ends, strict=True):
+                if budget < task.least:  # of smaller units more is left that always runs
+                    advance(options.rounds + 2)
+                    continue
                 search = _Search(granularity, replace(task, budget=budget), images, kinds, options)
                 ended.append(search.run(opened, begun, advance))
     best = [max(each, key=_nearness) for each in ends]
@@ -205,14 +209,19 @@ def _images(sampler: Sampler, options: SearchOptions) -> Images:
 def _ways(
     sampler: Sampler, options: SearchOptions, budgets: Sequence[float]
 ) -> list[tuple[Granularity, Task]]:
-    """Every granularity that the options leave open, with its way of reuse."""
+    """Every granularity that the options leave open, with its way of reuse.
+
+    Raises:
+        SdfpError: If none of them has plans within the least budget.
+    """
     found: list[tuple[Granularity, Task]] = []
     for granularity in _granularities(sampler, options):
         reuse = options.reuse or ("residual" if sampler.layout(granularity).residual else "output")
         order = 1 if options.order is None else options.order
-        task = task_of(sampler, granularity, reuse, order, min(budgets), options.cost, options.latency_images)
+        task = task_of(sampler, granularity, reuse, order, math.inf, options.cost, options.latency_images)
         found.append((granularity, task))
-    return found
+    refuse_below(min(task.least for _, task in found), min(budgets), options.cost)
+    return [(granularity, task) for granularity, task in found if task.least <= max(budgets)]
 
 
 def _granularities(sampler: Sampler, options: SearchOptions) -> list[Granularity]:

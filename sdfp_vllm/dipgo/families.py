@@ -56,6 +56,7 @@ _CHAINS = {
     "WanTransformer3DModel": ("blocks",),
     "LTXVideoTransformer3DModel": ("transformer_blocks",),
 }
+_CONDITION_FIRST = ("DiTTransformer2DModel", "OmniGenTransformer2DModel")  # in the batches of their pipelines
 _UNETS = ("UNet2DConditionModel",)
 _LONG_SKIPS = ("HunyuanDiT2DModel",)
 
@@ -81,8 +82,7 @@ def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
     if granularity == "step":
         return WHOLE
     if granularity == "guidance":
-        # Of all that are guided in one batch, only DiT's pipeline has the condition first.
-        half: Literal["first", "second"] = "first" if kind == "DiTTransformer2DModel" else "second"
+        half: Literal["first", "second"] = "first" if kind in _CONDITION_FIRST else "second"
         return Layout((Unit(name="", guidance=half), Unit(name="", inputs=(0,))))
     if granularity == "branch":
         return _branches(denoiser)
@@ -117,7 +117,7 @@ def _branches(denoiser: nn.Module) -> Layout:
         raise SdfpError(
             "--granularity branch",
             f"is for transformers whose blocks' attention and MLP are listed, and {type(denoiser).__name__} is none",
-            "Use --granularity block, or describe its branches with Layout(...): Unit(name=..., branch=True).",
+            "Use --granularity block; with --layout FILE that takes branches too: Unit(name=..., branch=True).",
         )
     units: list[Unit] = []
     for unit in layout_of(denoiser, "block").units:

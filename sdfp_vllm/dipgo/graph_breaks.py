@@ -39,6 +39,14 @@ def is_one_graph(denoiser: Any) -> bool:
     return bool(getattr(context, "fullgraph", False))
 
 
+def one_graph_around(denoiser: nn.Module, name: str) -> str | None:
+    """The name of the part of `denoiser` around its module `name` that is compiled as one graph; None if there is none."""
+    while name := name.rpartition(".")[0]:
+        if is_one_graph(denoiser.get_submodule(name)):
+            return name
+    return None
+
+
 def put_around(module: nn.Module, hook: ModelHook) -> bool:
     """Puts `hook` around a module that was compiled by itself, outside its graph. False if it was not.
 

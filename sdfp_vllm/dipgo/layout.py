@@ -94,7 +94,7 @@ class Layout:
         live[:, [unit.branch for unit in self.units]] = True
         for i in range(len(self.units) - 1, -1, -1):
             for source in self.units[i].inputs:
-                live[:, source] |= live[:, i] & gates[:, i]
+                live[:, source] |= live[:, i] & (gates[:, i] | self.units[i].branch)
         return live
 
     def closure(self, gates: Gates, reuse: str) -> Gates:

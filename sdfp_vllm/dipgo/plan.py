@@ -123,6 +123,11 @@ class DipgoPlan(_Strict):
             raise ValueError(
                 "forecasts must have a letter for every gate that executed closes, and . for the others"
             )
+        halves = [bool(unit.guidance) for unit in self.units]
+        if halves != [True, False] if self.granularity == "guidance" else any(halves):
+            raise ValueError("units: guidance goes with granularity guidance, as the first of two")
+        if any(halves) and "10" in self.executed:
+            raise ValueError("executed: a step that reuses the whole network runs no half of it")
         if len(self.macs.units) != units:
             raise ValueError(f"macs.units has {len(self.macs.units)} entries for {units} units")
         if self.latency is not None and len(self.latency.units) != units:

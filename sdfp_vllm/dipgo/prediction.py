@@ -86,7 +86,8 @@ class Surrogate:
     @property
     def additive(self) -> bool:
         """Whether what a unit errs by depends on its own gates alone: every unit always reaches the prediction."""
-        return self._reuse == "residual" or len(self._layout.units) == 1
+        units = self._layout.units
+        return self._reuse == "residual" or len(units) == 1 or all(unit.branch for unit in units)
 
     @property
     def order(self) -> str:

@@ -17,8 +17,8 @@ from sdfp_vllm.dipgo.clock import WHERE, Clock, Generation
 from sdfp_vllm.dipgo.families import is_listed, layout_of
 from sdfp_vllm.dipgo.fingerprint import pipeline_fingerprint, scheduler_fingerprint
 from sdfp_vllm.dipgo.forecast import KINDS, Forecasts
-from sdfp_vllm.dipgo.graph_breaks import between_graphs, is_one_graph, put_around, take_off
-from sdfp_vllm.dipgo.halves import both, conditioned, difference
+from sdfp_vllm.dipgo.graph_breaks import between_graphs, is_one_graph, one_graph_around, put_around, take_off
+from sdfp_vllm.dipgo.halves import both, conditioned, difference, is_pair
 from sdfp_vllm.dipgo.history import History, recalled
 from sdfp_vllm.dipgo.layout import Gates, Layout, Unit, denoisers_of
 from sdfp_vllm.dipgo.plan import DipgoPlan, load_plan
@@ -28,6 +28,12 @@ from sdfp_vllm.errors import PlanError, SdfpError
 
 _CLOCK, _UNIT = "sdfp_dipgo_clock", "sdfp_dipgo_unit"
 _SHAPES, MET = "shapes of the calls' samples", "units that were reached in this call"
+_PARTS = {
+    "branch": "parts of blocks",
+    "block": "blocks",
+    "step": "calls",
+    "guidance": "calls",
+}
 _SEARCH = "Make one for this pipeline with `sdfp dipgo search`."
 
 
@@ -96,6 +102,12 @@ class GuidanceHook(UnitHook):
         forward = self.fn_ref.original_forward
         if self._clock.removed:
             return forward(*args, **kwargs)  # type: ignore[misc]  # set by the registry
+        if not is_pair(args, kwargs):
+            raise SdfpError(
+                WHERE,
+                "reuses guidance, and this generation is not guided by a second half of its batch",
+                "Guide it as in the search, from the first step to the last, or remove the plan.",
+            )
         step, held = self._begin(module, args, kwargs)
         if not self._runs[step]:
             args, kwargs = conditioned(self._unit, args, kwargs)
@@ -117,6 +129,7 @@ class Skipping:
         gates: (steps, units); the first row of every stage is all True.
         rhythm: The calls of a generation; a list of timesteps for one call at each.
         forecasts: (steps, units) of kinds (`forecast.KINDS`), in place of `order`; not read where a gate is open.
+        hook_all: Also units that always run, to measure what hooks take.
         check: Called with the pipeline (None: there is none) before the first call of every generation; may refuse it.
 
     Raises:
@@ -136,6 +149,7 @@ class Skipping:
         rhythm: Rhythm | Sequence[float],
         check: Callable[[Any], None] = lambda pipe: None,
         forecasts: Forecasts | None = None,
+        hook_all: bool = False,
     ):
         self._denoisers = [denoiser] if isinstance(denoiser, nn.Module) else list(denoiser)
         for each in self._denoisers:
@@ -149,7 +163,7 @@ class Skipping:
         self._clock = self.clock_type(rhythm, check, self._before_call, self._after_call)
         # Of each denoiser: a unit that always runs is let alone, and costs nothing.
         self._units = [
-            {i: each.get_submodule(layout.units[i].name) for i in np.flatnonzero(~gates.all(0))}
+            {i: each.get_submodule(layout.units[i].name) for i in np.flatnonzero(~gates.all(0) | hook_all)}
             for each in self._denoisers
         ]
         runs = gates.T.tolist()
@@ -190,8 +204,9 @@ class Skipping:
         if generation.kept.pop(MET, 0) != self._reached[generation.step]:
             raise SdfpError(
                 WHERE,
-                "its hooks on units were taken off by something else",
-                "Take the plan off (handle.remove()) and apply it again, after what changes the units' forward.",
+                "its hooks on units were taken off by something else, or a unit is called in parts",
+                "Take the plan off (handle.remove()) and apply it again, after what changes the units' forward. "
+                "Plans of granularity branch do not go with enable_forward_chunking().",
             )
 
     def remove(self) -> None:
@@ -263,11 +278,26 @@ def apply_dipgo(pipe: Any, plan: DipgoPlan | str | Path) -> Skipping:
         if is_one_graph(getattr(pipe, name)):
             raise SdfpError(
                 where,
-                f"decides between blocks, and pipe.{name} is compiled as one graph",
-                f"Compile it without fullgraph=True, or its blocks: pipe.{name}.compile_repeated_blocks(fullgraph=True).",
+                f"decides between {_PARTS[plan.granularity]}, and pipe.{name} is compiled as one graph",
+                "Compile it without fullgraph=True"
+                + (
+                    ""
+                    if plan.granularity == "branch"
+                    else f", or its blocks: pipe.{name}.compile_repeated_blocks(fullgraph=True)"
+                )
+                + ".",
             )
     denoisers = [found[name] for name in names]
-    return put_on(pipe, plan, denoisers, units_for(plan, denoisers, where), Skipping)
+    layout = units_for(plan, denoisers, where)
+    for denoiser in denoisers:
+        for i in np.flatnonzero(~plan.gates.all(0)):
+            if block := one_graph_around(denoiser, layout.units[i].name):
+                raise SdfpError(
+                    where,
+                    f"decides within {block}, which is compiled as one graph",
+                    "Compile it without fullgraph=True, or search with --granularity block.",
+                )
+    return put_on(pipe, plan, denoisers, layout, Skipping)
 
 
 def put_on(pipe: Any, plan: DipgoPlan, denoisers: Sequence[nn.Module], layout: Layout, kind: type[S]) -> S:
@@ -289,6 +319,18 @@ def put_on(pipe: Any, plan: DipgoPlan, denoisers: Sequence[nn.Module], layout: L
     )
 
 
+def _has(denoiser: nn.Module, name: str) -> bool:
+    try:
+        denoiser.get_submodule(name)  # which sees through compiled modules, unlike their names
+    except AttributeError:
+        return False
+    return True
+
+
+def _read(layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
+    return [(unit.name, unit.inputs) for unit in layout.units]
+
+
 def units_for(plan: DipgoPlan, denoisers: Sequence[nn.Module], where: str) -> Layout:
     """The plan's units, held against every denoiser they are for.
 
@@ -301,12 +343,12 @@ def units_for(plan: DipgoPlan, denoisers: Sequence[nn.Module], where: str) -> La
     for denoiser in denoisers:
         if plan.granularity != "step" and is_listed(denoiser):
             known = layout_of(denoiser, plan.granularity)
-            if [(u.name, u.inputs) for u in known.units] != [(u.name, u.inputs) for u in layout.units]:
+            described = plan.granularity == "block" and any(unit.branch for unit in layout.units)
+            if not described and _read(known) != _read(layout):
                 raise PlanError(f"{where}: field units", "names other units than this denoiser has", _SEARCH)
             if not layout.residual:
                 layout = known
-        modules = dict(denoiser.named_modules())
-        if missing := [unit.name for unit in layout.units if unit.name not in modules]:
+        if missing := [unit.name for unit in layout.units if not _has(denoiser, unit.name)]:
             raise PlanError(
                 f"{where}: field units", f"names {missing[0]}, which this denoiser does not have", _SEARCH
             )

@@ -222,8 +222,8 @@ class Sampler:
                     raise SdfpError(
                         "--granularity guidance",
                         f"is for pipelines that ask {type(self.denoiser).__name__} with and without the condition in one "
-                        "batch, and this one does not",
-                        "Set a guidance scale, or use another granularity.",
+                        "batch, whose halves do not depend on each other, and this one does not",
+                        "Use another granularity, or a guidance scale above 1 where it has none.",
                     )
                 self._layouts[granularity] = first
         return self._layouts[granularity]

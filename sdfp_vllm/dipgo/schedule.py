@@ -18,7 +18,7 @@ from sdfp_vllm.dipgo.outputs import Errors
 from sdfp_vllm.dipgo.prediction import Surrogate
 from sdfp_vllm.dipgo.task import Pattern, Task
 
-_MOST_STEPS = 250  # for which the programme's table, of three steps, is of a size to be filled
+_MOST_STEPS = 100  # for which the programme's table, of three steps, is of a size to be filled
 _LONGEST = 16  # steps between two that run; more where the budget asks for it
 
 
@@ -39,7 +39,7 @@ def scheduled(task: Task, errors: Errors, kinds: str, first: int = 1) -> Pattern
         first: So many first steps run; of a later denoiser its first alone.
 
     Returns:
-        None where the budget does not hold the steps that have to run, or a generation has more than 250.
+        None where the budget does not hold the steps that have to run, or a generation has more than 100.
     """
     steps, units = task.sampler.calls, len(task.layout.units)
     forced = sorted({*range(min(first, steps)), *task.stages})

@@ -94,6 +94,8 @@ def check_layout(layout: Layout, denoiser: nn.Module, args: tuple, kwargs: dict[
             raise SdfpError(
                 f"layout: units[{i}].name", f"{unit.name} is no module of the denoiser", _DESCRIBE
             )
+        if unit.guidance:
+            raise SdfpError(f"layout: units[{i}].guidance", "is no block", "Use --granularity guidance.")
         if any(source >= i for source in unit.inputs):
             raise SdfpError(
                 f"layout: units[{i}].inputs", "names a unit that does not come before it", _DESCRIBE

@@ -44,7 +44,7 @@ def measure_latency(
 
     def hooked(gates: Gates) -> Callable[[], None]:
         def run() -> None:
-            with Skipping(sampler.denoisers, layout, gates, reuse, order, sampler.rhythm):
+            with Skipping(sampler.denoisers, layout, gates, reuse, order, sampler.rhythm, hook_all=True):
                 plain()
 
         return run

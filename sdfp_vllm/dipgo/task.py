@@ -52,6 +52,13 @@ class Task:
         return self.sampler.rhythm.stages
 
     @cached_property
+    def least(self) -> float:
+        """The share of the cost that no plan is below: the steps in which everything runs, and what always does."""
+        gates = np.zeros((self.sampler.calls, len(self.layout.units)), dtype=bool)
+        gates[list(self.stages)] = True
+        return self.cost.share(gates)
+
+    @cached_property
     def unit_shares(self) -> NDArray[np.float64]:
         """The share of the full run's cost that one call of each unit is: (units,)."""
         everything = np.ones((self.sampler.calls, len(self.layout.units)), dtype=bool)
@@ -135,15 +142,19 @@ def task_of(
             "Use --reuse output.",
         )
     macs = macs_of(sampler, layout)
-    least = np.zeros((sampler.calls, len(layout.units)), dtype=bool)
-    least[list(sampler.rhythm.stages)] = True
     counted: Cost = macs
     if cost == "latency":
         counted = measure_latency(sampler, layout, reuse, order, latency_images)
-    if budget < (share := counted.share(least)):
+    task = Task(sampler, layout, macs, counted, reuse, order, budget)
+    refuse_below(task.least, budget, cost)
+    return task
+
+
+def refuse_below(least: float, budget: float, cost: CostName) -> None:
+    """Refuses a budget below the least share of the cost that a plan can have."""
+    if budget < least:
         raise SdfpError(
             f"--budget {budget:g}",
-            f"is less than the first call and what always runs, {share:.3f} of the {cost}",
-            f"Give at least {share + 0.001:.3f}, or more steps.",
+            f"is less than the first call and what always runs, {least:.3f} of the {cost}",
+            f"Give at least {least + 0.001:.3f}, or more steps.",
         )
-    return Task(sampler, layout, macs, counted, reuse, order, budget)

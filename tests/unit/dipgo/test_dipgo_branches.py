@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.dipgo import apply_dipgo, load_plan
-from sdfp_vllm.dipgo.curve import _ways
+from sdfp_vllm.dipgo.curve import _ways, find_curve
 from sdfp_vllm.dipgo.families import has_branches, layout_of
 from sdfp_vllm.dipgo.job import SearchOptions, find
 from sdfp_vllm.dipgo.layout import Layout, Unit
@@ -159,3 +161,63 @@ def test_a_plan_of_other_branches_is_refused():
         apply_dipgo(
             sampler.pipe, plan.model_copy(update={"units": [units[0].model_copy(update={"inputs": ()}), *units[1:]]})
         )  # fmt: skip
+
+
+def test_a_branch_passes_on_what_its_readers_need():
+    units = (Unit(name="a"), Unit(name="b", inputs=(0,), branch=True), Unit(name="c", inputs=(1,)))
+    assert Layout(units).live(np.array([[True, False, True]]), "output").all()
+
+
+def test_described_branches_of_a_listed_u_net_run():
+    sampler = tiny_sampler("sd")
+    last = "up_blocks.1.attentions.0.transformer_blocks.0"
+    names = [f"{last}.attn1", f"{last}.attn2", f"{last}.ff"]
+    units = [Unit(name=n, inputs=(i - 1,) if i else (), branch=True) for i, n in enumerate(names)]
+    sampler.units = Layout(tuple(units))
+    gates = gates_of(sampler, sampler.layout("block"))
+    full = sampler.latents(SEEDS)
+    with apply_dipgo(sampler.pipe, make_plan(sampler, gates, "block", "residual")):
+        assert not torch.equal(sampler.latents(SEEDS), full)
+
+
+def test_ways_that_a_budget_does_not_reach_are_left_out():
+    """Of branches more always runs than of blocks, and of those more than of whole steps."""
+    sampler = tiny_sampler("dit", steps=10)
+    least = {
+        g: task_of(sampler, g, r, 0, 1.0).least
+        for g, r in (("branch", "residual"), ("block", "residual"), ("step", "output"))
+    }
+    assert least["step"] < least["block"] < least["branch"]
+    between = (least["block"] + least["branch"]) / 2
+    options = SearchOptions(steps=10, images=1, projections=1, rounds=0)
+    assert [g for g, _ in _ways(sampler, options, [between])] == ["block", "step", "guidance"]
+    with stages(None) as progress:
+        some, more = find_curve(sampler, options, [0.9, between], progress)
+    assert some.task.fits(some.gates) and more.task.fits(more.gates) and more.task.budget == between
+    with pytest.raises(SdfpError, match=r"--budget 0.01: is less than .* 0.100 of the macs"):
+        _ways(sampler, options, [0.01])
+    with pytest.raises(SdfpError, match="is less than"):
+        _ways(sampler, replace(options, granularity="branch"), [between])
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+@pytest.mark.parametrize("one_graph", [True, False])
+def test_blocks_that_are_one_graph_are_not_decided_within(how, one_graph):
+    sampler = tiny_sampler("dit")
+    plan = make_plan(sampler, gates_of(sampler, sampler.layout("branch")), "branch", "residual")
+    with apply_dipgo(sampler.pipe, plan):
+        expected = sampler.latents(SEEDS)
+    blocks = sampler.denoiser.transformer_blocks
+    for i, block in enumerate(blocks):
+        if how == "in place":
+            block.compile(backend="eager", fullgraph=one_graph)
+        else:
+            blocks[i] = torch.compile(block, backend="eager", fullgraph=one_graph)
+    if one_graph:
+        with pytest.raises(
+            SdfpError, match=r"transformer_blocks\.\d, which is compiled as one graph.*--granularity block"
+        ):
+            apply_dipgo(sampler.pipe, plan)
+    else:
+        with apply_dipgo(sampler.pipe, plan):
+            torch.testing.assert_close(sampler.latents(SEEDS), expected)

@@ -12,7 +12,9 @@ from sdfp_vllm.common.progress import stages
 from sdfp_vllm.dipgo import apply_dipgo, load_plan
 from sdfp_vllm.dipgo.job import SearchOptions, find
 from sdfp_vllm.dipgo.options import check
+from sdfp_vllm.dipgo.plan import DipgoPlan
 from sdfp_vllm.dipgo.runtime import Skipping
+from sdfp_vllm.dipgo.signature import check_layout
 from sdfp_vllm.dipgo.surrogate import record
 from sdfp_vllm.dipgo.task import macs_of, task_of
 from sdfp_vllm.errors import SdfpError
@@ -129,3 +131,36 @@ def test_what_goes_not_with_guidance_is_refused():
         check(SearchOptions(granularity="guidance", method="learned"))
     with pytest.raises(SdfpError, match="guidance reuses outputs"):
         check(SearchOptions(granularity="guidance", reuse="residual"))
+
+
+def test_a_generation_that_is_not_guided_by_half_of_its_batch_is_refused():
+    """Half of it would be told from other people's images."""
+    plan = make_plan(tiny_sampler("sd"), GATES, "guidance")
+    for seeds in ([1], [1, 2], [1, 2, 3]):
+        other = tiny_sampler("sd", guidance=1.0)
+        with apply_dipgo(other.pipe, plan), pytest.raises(SdfpError, match="is not guided by a second half"):
+            other.latents(seeds)
+        other.latents(seeds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"executed": ["11", "11", "10", "01", "11"]},
+            "a step that reuses the whole network runs no half of it",
+        ),
+        ({"granularity": "step"}, "guidance goes with granularity guidance"),
+        ({"granularity": "block"}, "guidance goes with granularity guidance"),
+    ],
+)
+def test_a_plan_whose_halves_cannot_be_is_refused(changes, says):
+    plan = make_plan(tiny_sampler("sd"), GATES, "guidance")
+    with pytest.raises(ValueError, match=says):
+        DipgoPlan(**(plan.model_dump() | changes))
+
+
+def test_a_described_half_is_refused():
+    sampler = tiny_sampler("sd")
+    with pytest.raises(SdfpError, match=r"layout: units\[0\].guidance: is no block"):
+        check_layout(sampler.layout("guidance"), sampler.denoiser, *sampler.first_call())
