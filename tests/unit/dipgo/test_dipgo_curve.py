@@ -39,7 +39,8 @@ def test_more_rounds_never_end_worse():
     for rounds in (0, 1, 3):
         sampler = tiny_sampler("dit", steps=STEPS)
         with stages(None) as progress:
-            ends.append(judged(sampler, find(sampler, replace(OPTIONS, rounds=rounds), progress)))
+            options = replace(OPTIONS, rounds=rounds, granularity="branch")
+            ends.append(judged(sampler, find(sampler, options, progress)))
     assert ends == sorted(ends)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from examples.digits import main, run_demo
 from sdfp_vllm.cli.app import app
 from sdfp_vllm.dipgo import apply_dipgo, load_plan
+from sdfp_vllm.dipgo.options import SearchOptions
 from sdfp_vllm.dipgo.sampling import Sampler, load_conditions
 from sdfp_vllm.errors import SdfpError
 from tests.toy.digits.data import digits
@@ -39,7 +41,9 @@ def test_the_judge_tells_digits_from_noise():
     assert judge().fid(torch.randn(200, 1, 8, 8)) > judge().fid(images[::9] + 0.1)
 
 
-def test_the_demo_saves_table_picture_and_plans(tmp_path):
+def test_the_demo_saves_table_picture_and_plans(tmp_path, monkeypatch):
+    few = partial(SearchOptions, images=1, projections=1, rounds=1, granularity="block")
+    monkeypatch.setattr("examples.digits.SearchOptions", few)
     rows = run_demo(10, [0.6], 4, tmp_path, Console(quiet=True))
     full, pruned = rows
     assert (full.compute, full.psnr, full.ssim, full.latency) == (1.0, 100.0, pytest.approx(1.0), 1.0)

@@ -53,7 +53,9 @@ def test_pictures_are_cut_where_they_were_joined():
 
 
 def test_a_search_ends_in_gates_that_can_be_run(sampler):
-    options = SearchOptions(steps=STEPS, budget=0.6, guidance_scale=4.0, images=2, projections=1, rounds=1)
+    options = SearchOptions(
+        steps=STEPS, budget=0.6, guidance_scale=4.0, images=1, projections=1, rounds=1, granularity="block"
+    )
     with stages(Console(quiet=True)) as progress:
         found = find(sampler, options, progress)
     assert found.gates[0].all() and not found.gates.all()
