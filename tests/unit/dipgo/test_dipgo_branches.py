@@ -24,7 +24,18 @@ from sdfp_vllm.errors import PlanError, SdfpError
 from tests.support.tiny_pipelines import ALL_KINDS, tiny_sampler
 from tests.unit.dipgo.test_dipgo_runtime import SEEDS, count_executions, gates_of, make_plan
 
-KINDS = [kind for kind in ALL_KINDS if kind not in ("sd", "sdxl")]
+FEW = (
+    "dit",
+    "sd3",
+    "flux",
+    "qwen",
+    "wan",
+)  # a chain, two streams with and without single blocks, two MLPs, two experts
+KINDS = [
+    pytest.param(kind, marks=() if kind in FEW else pytest.mark.more)
+    for kind in ALL_KINDS
+    if kind not in ("sd", "sdxl")
+]
 AROUND = ("norm", "embed", "proj", "time", "linear", "scale", "dropout", "pool", "act")
 
 

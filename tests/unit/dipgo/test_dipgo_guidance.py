@@ -22,7 +22,8 @@ from tests.support.tiny_pipelines import tiny_sampler
 from tests.unit.dipgo.test_dipgo_runtime import make_plan
 from tests.unit.dipgo.test_dipgo_search import SEEDS, projected
 
-KINDS = ["dit", "pixart", "sd", "sdxl", "sd3", "sana", "hunyuan", "cogvideox", "ltx"]
+MORE = ("pixart", "sdxl", "sana", "hunyuan", "cogvideox", "ltx")
+KINDS = ["dit", "sd", "sd3", *(pytest.param(kind, marks=pytest.mark.more) for kind in MORE)]
 GATES = np.array([[1, 1], [1, 1], [0, 1], [0, 0], [1, 1]], dtype=bool)  # all, all, the half, nothing, all
 
 
