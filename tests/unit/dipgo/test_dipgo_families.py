@@ -269,7 +269,8 @@ def test_the_prediction_is_exact_in_the_last_step(kind):
 def test_a_search_keeps_to_the_budget_and_to_first_steps(kind, method):
     sampler = tiny_sampler(kind)
     options = SearchOptions(
-        steps=5, budget=0.7, method=method, images=1, projections=1, rounds=1, iterations=2, consistency="latents"
+        steps=5, budget=0.7, method=method, images=1, projections=1, rounds=1, iterations=2, consistency="latents",
+        granularity="block",
     )  # fmt: skip
     with stages(None) as progress:
         found = find(sampler, options, progress)

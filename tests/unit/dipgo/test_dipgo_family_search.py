@@ -124,6 +124,7 @@ def test_bad_flags_are_refused(flag, reason, tmp_path):
 def test_several_budgets_give_a_plan_each_from_one_search(tmp_path):
     tiny_sampler("dit").pipe.save_pretrained(tmp_path)
     flags = ["dipgo", "search", str(tmp_path), "--steps", "8", "--guidance-scale", "3", "--images", "1", "--rounds", "0"]  # fmt: skip
+    flags += ["--granularity", "block"]
     flags += ["--projections", "1", "--test-images", "2", "--keep", "--budget", "0.5", "--budget", "0.75"]
     result = CliRunner().invoke(app, [*flags, "-o", str(tmp_path / "plans")])
     assert result.exit_code == 0, result.output
