@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rivals import dpcache, packages
-from benchmarks.studies.dipgo_learned import LearnedRun, learned_task, load_run
+from benchmarks.studies.dipgo_learned import GUIDANCE, STEPS, LearnedRun, learned_task, load_run
 from sdfp_vllm.common.progress import stages
 from sdfp_vllm.common.provenance import provenance
 from sdfp_vllm.common.results_file import save_results
@@ -50,8 +50,6 @@ from tests.toy.digits.judge import judge
 from tests.toy.digits.pipelines import digits_folder, digits_pipeline
 
 BUDGETS = (0.75, 0.5, 0.35, 0.25)
-STEPS = 20
-GUIDANCE = 4.0
 SLACK = 0.005
 NATIVE = "native fewer steps"
 # Seeds that rivals choose their settings on; ours has others, and more (`curve.py`).

@@ -28,7 +28,7 @@ from sdfp_vllm.dipgo.task import Task, task_of
 from sdfp_vllm.errors import SdfpError
 from tests.toy.digits.pipelines import digits_folder, digits_pipeline
 
-STEPS = 20
+STEPS, GUIDANCE = 20, 4.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def main() -> None:
     p.add_argument("model", choices=["dit", "unet", "flow"])
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--iterations", type=int, default=1000)
-    p.add_argument("--guidance", type=float, default=4.0)
+    p.add_argument("--guidance", type=float, default=GUIDANCE)
     p.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     a = p.parse_args()
     torch.set_num_threads(1)

@@ -13,7 +13,6 @@ from sdfp_vllm.common.progress import Stages
 from sdfp_vllm.dipgo.descent import MAX_SWAPS, evenly, greedy, path
 from sdfp_vllm.dipgo.families import has_branches
 from sdfp_vllm.dipgo.forecast import KINDS
-from sdfp_vllm.dipgo.halves import is_guided
 from sdfp_vllm.dipgo.layout import Granularity
 from sdfp_vllm.dipgo.options import SearchOptions
 from sdfp_vllm.dipgo.outputs import Norm, Outputs
@@ -232,6 +231,6 @@ def _granularities(sampler: Sampler, options: SearchOptions) -> list[Granularity
         found.insert(0, "branch")
     if options.reuse != "residual":  # of the whole network there is none
         found.append("step")
-        if all(map(is_guided, sampler.denoisers, sampler.first_calls)):
+        if sampler.guided:
             found.append("guidance")
     return found

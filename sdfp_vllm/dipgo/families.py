@@ -101,15 +101,15 @@ def layout_of(denoiser: nn.Module, granularity: Granularity) -> Layout:
 
 def has_branches(denoiser: nn.Module) -> bool:
     """Whether attention and MLP of its blocks can be units of their own."""
-    kind = type(denoiser).__name__
-    if kind not in _CHAINS and kind not in _LONG_SKIPS:
+    if not is_listed(denoiser):
         return False
-    names = (unit.name for unit in layout_of(denoiser, "block").units)
-    return any(_block(denoiser, name) in _BRANCHES for name in names)
+    return any(_parts(denoiser, unit.name) for unit in layout_of(denoiser, "block").units)
 
 
-def _block(denoiser: nn.Module, name: str) -> str:
-    return type(unwrapped(denoiser.get_submodule(name))).__name__
+def _parts(denoiser: nn.Module, name: str) -> list[str]:
+    """The branches of the block `name`; some blocks of a class lack one."""
+    block = unwrapped(denoiser.get_submodule(name))
+    return [p for p in _BRANCHES.get(type(block).__name__, ()) if getattr(block, p, None) is not None]
 
 
 def _branches(denoiser: nn.Module) -> Layout:
@@ -121,9 +121,8 @@ def _branches(denoiser: nn.Module) -> Layout:
         )
     units: list[Unit] = []
     for unit in layout_of(denoiser, "block").units:
-        block = unwrapped(denoiser.get_submodule(unit.name))
-        parts = [p for p in _BRANCHES.get(type(block).__name__, ()) if getattr(block, p, None) is not None]
-        for each in [Unit(name=f"{unit.name}.{p}", branch=True) for p in parts] or [unit]:
+        parts = [Unit(name=f"{unit.name}.{p}", branch=True) for p in _parts(denoiser, unit.name)]
+        for each in parts or [unit]:
             units.append(each.model_copy(update={"inputs": (len(units) - 1,) if units else ()}))
     return Layout(tuple(units))
 

@@ -76,10 +76,10 @@ def is_guided(denoiser: nn.Module, calls: Sequence[tuple[tuple, dict[str, Any]]]
             some, named = conditioned(unit, args, kwargs)
             alone = tree_leaves(denoiser(*some, **named))
         return all(map(_alike, whole, alone))
-    except (
-        Exception
-    ):  # a denoiser that nobody listed may raise anything where it cannot do with half of its rows
-        return False
+    except Exception:
+        return (
+            False  # a denoiser that nobody listed may raise anything where it cannot do with half of its rows
+        )
 
 
 @torch.compiler.disable

@@ -28,12 +28,7 @@ from sdfp_vllm.errors import PlanError, SdfpError
 
 _CLOCK, _UNIT = "sdfp_dipgo_clock", "sdfp_dipgo_unit"
 _SHAPES, MET = "shapes of the calls' samples", "units that were reached in this call"
-_PARTS = {
-    "branch": "parts of blocks",
-    "block": "blocks",
-    "step": "calls",
-    "guidance": "calls",
-}
+_PARTS = {"branch": "parts of blocks", "block": "blocks", "step": "calls", "guidance": "calls"}
 _SEARCH = "Make one for this pipeline with `sdfp dipgo search`."
 
 
@@ -216,10 +211,8 @@ class Skipping:
             for unit in units.values():
                 take_off(unit, UnitHook)
             named = [(denoiser, _CLOCK), *((unit, f"{_UNIT}_{i}") for i, unit in reversed(units.items()))]
-            for (
-                module,
-                name,
-            ) in named:  # outermost first: a hook beneath another is not taken out of what that calls
+            # Outermost first: a hook beneath another one is not taken out of what that calls.
+            for module, name in named:
                 with _beneath_offloading(module):
                     HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
         self._clock.forget()

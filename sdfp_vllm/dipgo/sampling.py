@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,11 @@ class Sampler:
                 yield from component.parameters()
                 yield from component.buffers()
 
+    @cached_property
+    def guided(self) -> bool:
+        """Whether guidance is in one batch, so that half of it can be left out."""
+        return all(map(is_guided, self.denoisers, self.first_calls))
+
     def layout(self, granularity: Granularity) -> Layout:
         """The units of its denoisers.
 
@@ -218,7 +224,7 @@ class Sampler:
                         f"has other blocks in {' and '.join(self.rhythm.denoisers)}",
                         "Use --granularity step.",
                     )
-                if granularity == "guidance" and not all(map(is_guided, self.denoisers, self.first_calls)):
+                if granularity == "guidance" and not self.guided:
                     raise SdfpError(
                         "--granularity guidance",
                         f"is for pipelines that ask {type(self.denoiser).__name__} with and without the condition in one "

@@ -242,14 +242,12 @@ class Trace:
     def _run_halves(self, tap: _Tap, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The same for guidance: the whole batch is computed, and its other half stands for what a reused difference makes of it."""
         call, unit = self._again, tap.unit
-        step, branch = (
-            (call.step, call.branch) if call is not None else (self._clock.now.step, self._clock.now.branch)
-        )
+        now = self._clock.now if call is None else call
         output = forward(*args, **kwargs)
         if call is None:
-            self._keep(tap, step, branch, difference(unit, output))
-        if not self._gates[step, tap.index]:
-            more = self._recall(tap, step, branch)
+            self._keep(tap, now.step, now.branch, difference(unit, output))
+        if not self._gates[now.step, tap.index]:
+            more = self._recall(tap, now.step, now.branch)
         elif call is None:
             return output
         else:

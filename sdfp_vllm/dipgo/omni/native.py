@@ -46,10 +46,10 @@ def put_on_native(pipeline: Any, plan: DipgoPlan) -> RowSkipping:
             "leaves blocks out, and layer-wise offloading fetches each from the one before it",
             "Leave layer-wise offloading off, or choose another cache_backend.",
         )
-    if plan.granularity in ("branch", "guidance"):
+    if any(unit.branch or unit.guidance for unit in plan.units):
         raise PlanError(
-            f"{where}: field granularity",
-            f"is {plan.granularity}, which was not tried on vLLM-Omni's modules",
+            f"{where}: field units",
+            "has attention, MLP or guidance by itself, which was not tried on vLLM-Omni's modules",
             'Search with --granularity block or step, or load the model with diffusion_load_format="diffusers".',
         )
     folder = folder_of(config.model, getattr(config, "revision", None))
