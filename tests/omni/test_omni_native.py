@@ -189,6 +189,9 @@ def test_refusals_name_what_does_not_fit(qwen, tmp_path):
         backend_of(plan, tmp_path).enable(own)
     own.od_config.enable_layerwise_offload = False
 
+    with pytest.raises(PlanError, match="has attention, MLP or guidance by itself"):
+        backend_of(make_plan(sampler, None, "branch", "residual"), tmp_path).enable(own)
+
     own.transformer.transformer_blocks.append(nn.Identity())
     with pytest.raises(PlanError, match=r"differ in transformer_blocks\.3"):
         backend_of(plan, tmp_path).enable(own)
